@@ -1,0 +1,1 @@
+"""The service: HTTP in, tokens out, a budget for every request."""

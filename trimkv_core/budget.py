@@ -174,13 +174,19 @@ class Budget:
             return True
         return self.prefill_chunk > 0 and seen % self.prefill_chunk == 0
 
-    def passed_threshold_look(self, before: int, seen: int) -> bool:
-        """Whether going from `before` to `seen` tokens passed a multiple of the buffer (strategy `threshold`)."""
-        return self.strategy is Strategy.THRESHOLD and seen // self.buffer_size > before // self.buffer_size
+    def is_due(self, *, before: int, seen: int, held: int, longest: int, streams: int) -> bool:
+        """Whether an eviction point reached now evicts.
 
-    def is_over(self, *, held: int, longest: int, streams: int) -> bool:
-        """Whether the buffer is full: `held` entries in all, `longest` in the fullest stream."""
-        if not self.is_bounded or self.memory_size is None:
+        Args:
+            before: tokens seen at the eviction point before this one.
+            seen: tokens seen now.
+            held: entries held now, in all streams.
+            longest: entries in the fullest stream.
+            streams: L·H.
+        """
+        if self.strategy is Strategy.THRESHOLD:
+            return seen // self.buffer_size > before // self.buffer_size
+        if self.strategy is Strategy.DENSE or self.memory_size is None:
             return False
         limit = self.memory_size + self.buffer_size
         return longest >= limit if self.scope is Scope.LOCAL else held >= streams * limit

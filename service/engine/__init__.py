@@ -1,0 +1,1 @@
+"""The engine: a worker thread that owns the model and the pool."""

@@ -1,8 +1,8 @@
 """The one seam between the API and whatever runs the model.
 
 Owns the values that cross it (requests in, events and figures out), the errors a submission may meet, and the two
-protocols: `Engine`, which the API calls, and `EngineObserver`, which the engine reports to. Knows no HTTP and no tensors,
-so an engine may run in this process, in a child process, or behind another server.
+protocols: `Engine`, which the API calls, and `EngineObserver`, which the engine reports to. Knows no HTTP and no
+tensors, so an engine may run in this process, in a child process, or behind another server.
 """
 
 from __future__ import annotations
@@ -206,8 +206,8 @@ class EngineStats:
         pages_total, pages_free, pages_used: used + free = total.
         pages_reserved: all promises, their used part included.
         pool_bytes: memory of the pool.
-        waiting_by_reason: why the waiting wait: `capacity` (pages), `slots` (sequences), `priority`/`order` (behind another).
-        queued_prompt_tokens: prompt tokens of the waiting.
+        waiting_by_reason: why the waiting wait: `capacity` (pages), `slots` (sequences), `priority`/`order` (behind
+        another). queued_prompt_tokens: prompt tokens of the waiting.
     """
 
     geometry: Geometry
@@ -231,8 +231,8 @@ class ModelInfo:
         budget: the server's default budget (its `prefill_chunk` included); dense when `has_gates` is False.
         trained_memory_size: the checkpoint's M, None without gates.
         eos_token_ids: the model's own end tokens.
-        sampling_defaults: temperature, top_p, top_k, min_p, repetition_penalty as far as generation_config.json names them.
-        pool_pages, pool_bytes: the pool.
+        sampling_defaults: temperature, top_p, top_k, min_p, repetition_penalty as far as generation_config.json names
+        them. pool_pages, pool_bytes: the pool.
         tokenizer_path: folder or repo id that `AutoTokenizer.from_pretrained` reads.
     """
 

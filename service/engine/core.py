@@ -1,0 +1,353 @@
+"""The engine without threads: admit, step, evict, sample, end. Everything here happens on one thread, in order.
+
+Owns the running requests' lives. Knows no event loop: events go to a `Dispatcher`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from service.engine.admission import AdmissionLedger
+from service.engine.interface import (
+    AbortReason,
+    EngineObserver,
+    EngineStats,
+    Failed,
+    Finished,
+    FinishReason,
+    KVUsage,
+    RequestStats,
+    TextDelta,
+)
+from service.engine.mailbox import Dispatcher
+from service.engine.request import RequestState
+from service.engine.runner import Feed, ModelRunner
+from service.engine.scheduler import Scheduler, StepPlan
+from service.generation.sampler import Sampler
+from trimkv_core.budget import Budget
+from trimkv_core.pages import InvariantError
+
+logger = logging.getLogger(__name__)
+
+_RESTART_WINDOW_SECONDS = 60.0
+
+
+class EngineBroken(RuntimeError):
+    """The engine cannot go on; the process should end and be started again."""
+
+
+class EngineCore:
+    """One model, one pool, many requests.
+
+    Attributes:
+        scheduler: the queues.
+        ledger: the promises.
+        runner: model and memory.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        sampler: Sampler,
+        ledger: AdmissionLedger,
+        scheduler: Scheduler,
+        *,
+        dispatcher: Dispatcher,
+        observer: EngineObserver,
+        left_queue: Callable[[RequestState], None],
+    ) -> None:
+        self.runner = runner
+        self.ledger = ledger
+        self.scheduler = scheduler
+        self._sampler = sampler
+        self._dispatcher = dispatcher
+        self._observer = observer
+        self._left_queue = left_queue
+        self._requests: dict[str, RequestState] = {}
+        self._restarts = 0
+        self._restarted_at = float("-inf")
+
+    # ---- between steps -------------------------------------------------------------------------------------------
+
+    def add(self, state: RequestState) -> None:
+        """Queue a request."""
+        self._requests[state.request.request_id] = state
+        self.scheduler.add(state)
+
+    def abort(self, request_id: str, reason: AbortReason) -> None:
+        """Take a request out and free what it holds; unknown and ended ones are ignored."""
+        state = self._requests.get(request_id)
+        if state is not None:
+            self._end(state, FinishReason.ABORT, text="", token_ids=(), abort_reason=reason)
+
+    def abort_all(self, reason: AbortReason) -> None:
+        """Take every request out."""
+        for request_id in list(self._requests):
+            self.abort(request_id, reason)
+
+    def step(self) -> None:
+        """Admit who fits, run one forward, evict, sample, and hand the tokens out.
+
+        A failing step fails its own requests and no others.
+
+        Raises:
+            EngineBroken: the device is lost, or the pool had to be rebuilt twice within a minute.
+        """
+        self._admit()
+        plan = self.scheduler.plan()
+        if not plan.work:
+            return
+        try:
+            self._run(plan)
+        except Exception as error:
+            logger.exception("a step of %d sequences failed", len(plan.work))
+            self._recover(plan, error)
+        finally:
+            self._dispatcher.flush()
+
+    def flush(self) -> None:
+        """Hand out what aborts have left."""
+        self._dispatcher.flush()
+
+    def _admit(self) -> None:
+        while (state := self.scheduler.pop_admissible()) is not None:
+            state.row = self.runner.open(state.pages)
+            state.admitted_at = time.monotonic()
+            self._left_queue(state)
+
+    # ---- one step ------------------------------------------------------------------------------------------------
+
+    def _run(self, plan: StepPlan) -> None:
+        started = time.monotonic()
+        was_prefilling = [item.state.is_prefilling for item in plan.work]
+        logits = self.runner.forward([_feed_of(item.state, item.tokens) for item in plan.work])
+        for item in plan.work:
+            item.state.fed += item.tokens
+        self._evict([item.state for item in plan.work])
+        self._emit([item.state for item in plan.work if not item.state.is_prefilling], logits)
+        prefill = [item for item, is_prefill in zip(plan.work, was_prefilling, strict=True) if is_prefill]
+        self._observer.on_step(
+            duration_seconds=time.monotonic() - started,
+            prefill_tokens=sum(item.tokens for item in prefill),
+            prefill_sequences=len(prefill),
+            decode_sequences=len(plan.work) - len(prefill),
+        )
+
+    def _evict(self, states: Sequence[RequestState]) -> None:
+        due: list[RequestState] = []
+        for state in states:
+            budget, row = state.request.budget, _row_of(state)
+            is_point = state.fed >= state.prompt_tokens or budget.is_prompt_eviction_point(
+                state.fed, state.prompt_tokens
+            )
+            if not is_point:
+                continue
+            if self.runner.table.is_due(row, budget, before=state.looked_at):
+                due.append(state)
+            state.looked_at = state.fed
+        if not due:
+            return
+        started = time.monotonic()
+        work: list[tuple[int, Budget]] = [(_row_of(state), state.request.budget) for state in due]
+        evictions = self.runner.evict(work)
+        seconds = time.monotonic() - started
+        for state, eviction in zip(due, evictions, strict=True):
+            state.evictions += eviction.evicted > 0
+            state.evicted_entries += eviction.evicted
+        for strategy in {state.request.budget.strategy for state in due}:
+            mine = [
+                eviction.evicted
+                for state, eviction in zip(due, evictions, strict=True)
+                if state.request.budget.strategy is strategy
+            ]
+            self._observer.on_eviction(
+                strategy=strategy.value,
+                sequences=len(mine),
+                entries=sum(mine),
+                duration_seconds=seconds * len(mine) / len(due),
+            )
+
+    def _emit(self, states: Sequence[RequestState], logits: Tensor) -> None:
+        """Sample one token for each of `states` and hand it out."""
+        if not states:
+            return
+        tokens = self._sampler.sample(logits, [state.sampling for state in states])
+        now = time.monotonic()
+        gaps: list[float] = []
+        for state, token in zip(states, tokens, strict=True):
+            state.last_token = token
+            state.generated += 1
+            if state.last_token_at is None:
+                state.prefilled_at = now
+                self._observer.on_prompt(tokens=state.prompt_tokens)
+                self._observer.on_first_token(seconds_since_arrival=now - state.request.arrival)
+            else:
+                gaps.append(now - state.last_token_at)
+            state.last_token_at = now
+            progress = state.answer.push(token)
+            if progress.finish_reason is not None:
+                self._end(state, progress.finish_reason, text=progress.text, token_ids=(token,))
+            else:
+                delta = TextDelta(
+                    text=progress.text,
+                    token_ids=(token,),
+                    prompt_tokens=state.prompt_tokens,
+                    completion_tokens=state.generated,
+                )
+                self._dispatcher.add(state.mailbox, delta)
+        self._observer.on_tokens(inter_token_seconds=gaps)
+
+    # ---- endings -------------------------------------------------------------------------------------------------
+
+    def _end(
+        self,
+        state: RequestState,
+        reason: FinishReason,
+        *,
+        text: str,
+        token_ids: tuple[int, ...],
+        abort_reason: AbortReason | None = None,
+    ) -> None:
+        kv = self._usage(state)
+        self._free(state)
+        finished = Finished(
+            text=text,
+            token_ids=token_ids,
+            finish_reason=reason,
+            prompt_tokens=state.prompt_tokens,
+            completion_tokens=state.generated,
+            kv=kv,
+        )
+        self._dispatcher.add(state.mailbox, finished)
+        self._observer.on_finished(state.summary(reason, now=time.monotonic(), kv=kv, abort_reason=abort_reason))
+
+    def _fail(self, state: RequestState, message: str) -> None:
+        self._dispatcher.add(state.mailbox, Failed(message=message))
+        self._observer.on_finished(state.summary(FinishReason.ERROR, now=time.monotonic(), kv=None))
+        self._free(state)
+
+    def _free(self, state: RequestState) -> None:
+        del self._requests[state.request.request_id]
+        self.scheduler.remove(state)
+        if state.row is None:
+            self._left_queue(state)
+            return
+        self.ledger.release(state.pages)
+        row, state.row = state.row, None
+        if row in self.runner.table.open_rows:
+            self.runner.close(row)
+
+    def _recover(self, plan: StepPlan, error: Exception) -> None:
+        """Fail a broken step's requests; if its traces in memory do not add up, start over with an empty pool."""
+        if _is_device_error(error):
+            self.fail_all(f"the device failed: {error}")
+            raise EngineBroken(f"the device failed: {error}") from error
+        try:
+            for state in plan.states:
+                if state.row is not None:
+                    self._fail(state, "the engine failed while computing this answer; it may be sent again")
+            self.runner.table.check_invariants()
+        except (InvariantError, RuntimeError, IndexError) as broken:
+            self._restart(broken)
+
+    def _restart(self, broken: Exception) -> None:
+        logger.error("the pool's invariants do not hold, it is rebuilt empty: %s", broken)
+        self.runner.rebuild()
+        for state in list(self.scheduler.running):
+            self._fail(state, "the engine had to restart; the request may be sent again")
+        self._restarts += 1
+        self._observer.on_restart()
+        now = time.monotonic()
+        if now - self._restarted_at < _RESTART_WINDOW_SECONDS:
+            self.fail_all("the engine stopped")
+            raise EngineBroken(f"the pool broke twice within {_RESTART_WINDOW_SECONDS:.0f} s: {broken}") from broken
+        self._restarted_at = now
+
+    def fail_all(self, message: str) -> None:
+        """End everything, waiting or running, with an error; memory is not touched any more."""
+        for state in self._requests.values():
+            self._dispatcher.add(state.mailbox, Failed(message=message))
+            self._observer.on_finished(state.summary(FinishReason.ERROR, now=time.monotonic(), kv=None))
+        self._requests.clear()
+        self.scheduler.running.clear()
+        self.scheduler.waiting.clear()
+        self._dispatcher.flush()
+
+    # ---- figures -------------------------------------------------------------------------------------------------
+
+    def _usage(self, state: RequestState) -> KVUsage:
+        geometry, table = self.ledger.geometry, self.runner.table
+        held = 0 if state.row is None else table.held(state.row)
+        peak = 0 if state.row is None else table.peak(state.row)
+        budget = state.request.budget
+        return KVUsage(
+            budget_entries=None if budget.memory_size is None else budget.memory_size * geometry.streams,
+            retained_entries=held,
+            evicted_entries=state.evicted_entries,
+            peak_entries=peak,
+            evictions=state.evictions,
+            bytes=held * geometry.entry_bytes,
+            peak_bytes=peak * geometry.entry_bytes,
+            dense_bytes=state.fed * geometry.streams * geometry.kv_bytes,
+        )
+
+    def stats(self) -> EngineStats:
+        """The pool, the queue and every running request."""
+        geometry, table, pool = self.ledger.geometry, self.runner.table, self.runner.table.pool
+        running = [state for state in self.scheduler.running if state.row is not None]
+        layers = table.layer_entries([_row_of(state) for state in running]) if running else []
+        return EngineStats(
+            geometry=geometry,
+            pages_total=pool.num_pages,
+            pages_free=pool.num_free,
+            pages_used=pool.num_used,
+            pages_reserved=self.ledger.reserved + self.ledger.lane,
+            pool_bytes=pool.num_bytes,
+            running=tuple(self._request_stats(state, per) for state, per in zip(running, layers, strict=True)),
+            waiting=len(self.scheduler.waiting),
+            waiting_by_reason=self.scheduler.waiting_by_reason(),
+            queued_prompt_tokens=sum(state.prompt_tokens for state in self.scheduler.waiting),
+            restarts=self._restarts,
+        )
+
+    def _request_stats(self, state: RequestState, layer_entries: list[int]) -> RequestStats:
+        row, table = _row_of(state), self.runner.table
+        return RequestStats(
+            request_id=state.request.request_id,
+            phase="prefill" if state.is_prefilling else "decode",
+            prompt_tokens=state.prompt_tokens,
+            completion_tokens=state.generated,
+            seen_tokens=table.seen(row),
+            budget=state.request.budget,
+            entries_logical=table.seen(row) * self.ledger.geometry.streams,
+            entries_physical=table.held(row),
+            layer_entries=tuple(layer_entries),
+            pages_used=table.pages(row),
+            pages_reserved=state.pages,
+            evictions=state.evictions,
+            evicted_entries=state.evicted_entries,
+            peak_entries=table.peak(row),
+        )
+
+
+def _row_of(state: RequestState) -> int:
+    if state.row is None:
+        raise RuntimeError(f"request {state.request.request_id} is not admitted")
+    return state.row
+
+
+def _feed_of(state: RequestState, tokens: int) -> Feed:
+    end = state.fed + tokens
+    if not state.is_prefilling:
+        return Feed(_row_of(state), (state.last_token,), wants_logits=True)
+    return Feed(_row_of(state), state.request.prompt_ids[state.fed : end], wants_logits=end == state.prompt_tokens)
+
+
+def _is_device_error(error: BaseException) -> bool:
+    """A lost accelerator: nothing on it can be used again in this process."""
+    return isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError)

@@ -1,0 +1,242 @@
+"""From a configuration to an engine that is ready to step: what is loaded, where, in which type, with how much memory.
+
+Says at start-up what an operator wants to know. Knows no threads and no HTTP.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import tokenizers
+import torch
+from transformers import AutoTokenizer
+from trimkv_core.embedded import EMBEDDED_NAME
+
+from service.engine.admission import AdmissionLedger
+from service.engine.config import EngineConfig
+from service.engine.core import EngineCore
+from service.engine.interface import EngineObserver, ModelInfo
+from service.engine.mailbox import Dispatcher
+from service.engine.request import RequestState
+from service.engine.runner import ModelRunner
+from service.engine.scheduler import Scheduler
+from service.generation.sampler import Sampler
+from trimkv_core.attention.base import AttentionBackend
+from trimkv_core.attention.select import select_backend
+from trimkv_core.budget import Budget, Geometry, Scope
+from trimkv_core.checkpoint import read_config
+from trimkv_core.models import TrimKVForCausalLM, find_gates, locate_base, names_gates
+from trimkv_core.overlay import fix_rope
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class StartupError(RuntimeError):
+    """A configuration that cannot be served; the message says what to change."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedEngine:
+    """Everything that is ready before the first request.
+
+    Attributes:
+        info: what was loaded.
+        tokenizer: for incremental detokenisation.
+        ledger: for checks at the door.
+    """
+
+    info: ModelInfo
+    tokenizer: tokenizers.Tokenizer
+    ledger: AdmissionLedger
+    _config: EngineConfig
+    _model: Any
+    _backend: AttentionBackend[Any]
+
+    def build_core(
+        self, dispatcher: Dispatcher, observer: EngineObserver, left_queue: Callable[[RequestState], None]
+    ) -> EngineCore:
+        """Allocate the pool and put the engine together."""
+        config = self._config
+        runner = ModelRunner(
+            self._model,
+            self._backend,
+            self.info.geometry,
+            num_pages=self.info.pool_pages,
+            max_num_seqs=config.max_num_seqs,
+        )
+        return EngineCore(
+            runner,
+            Sampler(self.info.vocab_size, self._model.device),
+            self.ledger,
+            Scheduler(self.ledger, max_num_seqs=config.max_num_seqs, prefill_chunk=config.prefill_chunk),
+            dispatcher=dispatcher,
+            observer=observer,
+            left_queue=left_queue,
+        )
+
+
+def load_engine(config: EngineConfig) -> LoadedEngine:
+    """Load model, gates and tokenizer, and size the pool.
+
+    Raises:
+        StartupError: the configuration does not add up.
+    """
+    base, gates = _names(config)
+    device = _choose_device(config.device)
+    dtype = _choose_dtype(config.dtype, device)
+    logger.info("loading %s%s in %s on %s", base, f" with gates {gates}" if gates else "", _name(dtype), device)
+    model = TrimKVForCausalLM.from_base(base, gates=gates, dtype=dtype, device_map=str(device))
+    backend = select_backend(config.backend)
+    max_model_len = _choose_length(config.max_model_len, model.config.max_position_embeddings)
+    rope_note = fix_rope(model, max_model_len)
+    geometry = Geometry(
+        num_layers=model.config.num_hidden_layers,
+        num_heads=model.config.num_key_value_heads,
+        head_dim=getattr(model.config, "head_dim", None)
+        or model.config.hidden_size // model.config.num_attention_heads,
+        block_size=config.block_size,
+        kv_itemsize=dtype.itemsize,
+    )
+    pages = config.kv_memory_bytes // geometry.page_bytes
+    ledger = AdmissionLedger(geometry, pages, prefill_chunk=config.prefill_chunk)
+    if pages <= ledger.lane + geometry.streams:
+        raise StartupError(
+            f"kv_memory={config.kv_memory_bytes} bytes is {pages} pages; the prefill chunk of {config.prefill_chunk} "
+            f"tokens alone takes {ledger.lane}: give more memory or a smaller prefill_chunk"
+        )
+    tokenizer = AutoTokenizer.from_pretrained(locate_base(base)[0], **locate_base(base)[1])
+    info = ModelInfo(
+        model=base,
+        tokenizer_path=locate_base(base)[0],
+        gates=gates,
+        has_gates=gates is not None,
+        backend=backend.name,
+        dtype=_name(dtype),
+        device=str(device),
+        max_model_len=max_model_len,
+        vocab_size=model.config.vocab_size,
+        geometry=geometry,
+        budget=_default_budget(config, model, has_gates=gates is not None),
+        trained_memory_size=model.config.memory_size if gates else None,
+        trained_sink_tokens=model.config.num_sink_tokens if gates else 0,
+        eos_token_ids=_eos_token_ids(model, tokenizer),
+        sampling_defaults=_sampling_defaults(model),
+        pool_pages=pages,
+        pool_bytes=pages * geometry.page_bytes,
+    )
+    _announce(info, ledger, rope_note)
+    return LoadedEngine(info, tokenizer.backend_tokenizer, ledger, config, model, backend)
+
+
+def _names(config: EngineConfig) -> tuple[str, str | None]:
+    """Base model and gates: the embedded model has its own, and a gate checkpoint as the model names its base."""
+    if config.model == EMBEDDED_NAME:
+        return EMBEDDED_NAME, config.gates or EMBEDDED_NAME
+    if names_gates(config.model):
+        return read_config(find_gates(config.model)).base_model, config.gates or config.model
+    return config.model, config.gates
+
+
+def _choose_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise StartupError(f"device={name!r} is unknown: use auto, cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise StartupError(f"device={name!r}: this PyTorch sees no GPU; use cpu")
+    return device
+
+
+def _choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto`: bfloat16 on GPUs and on CPUs that multiply it in hardware, else float32."""
+    if name != "auto":
+        if name not in _DTYPES:
+            raise StartupError(f"dtype={name!r} is unknown: use auto, {', '.join(_DTYPES)}")
+        return _DTYPES[name]
+    return torch.bfloat16 if device.type != "cpu" or _cpu_multiplies_bfloat16() else torch.float32
+
+
+def _cpu_multiplies_bfloat16() -> bool:
+    probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+
+
+def _choose_length(asked: int | None, allowed: int) -> int:
+    if asked is not None and asked > allowed:
+        raise StartupError(f"max_model_len={asked} exceeds the model's max_position_embeddings={allowed}")
+    return asked or allowed
+
+
+def _default_budget(config: EngineConfig, model: Any, *, has_gates: bool) -> Budget:
+    if not has_gates:
+        if config.kv_budget:
+            raise StartupError(f"kv_budget={config.kv_budget}: a model without gates is served dense; give gates or 0")
+        return Budget.dense()
+    memory = model.config.memory_size if config.kv_budget is None else config.kv_budget
+    if not memory:
+        return Budget.dense()
+    return Budget(
+        memory_size=memory,
+        buffer_size=config.kv_buffer,
+        scope=Scope.GLOBAL if model.config.global_capacity else Scope.LOCAL,
+        num_sink_tokens=model.config.num_sink_tokens,
+        prefill_chunk=config.prefill_chunk,
+    )
+
+
+def _eos_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    found = model.generation_config.eos_token_id
+    if found is None:
+        found = tokenizer.eos_token_id
+    if found is None:
+        return ()
+    return tuple(found) if isinstance(found, list) else (found,)
+
+
+def _sampling_defaults(model: Any) -> dict[str, float]:
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    values = {name: getattr(model.generation_config, name, None) for name in names}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _announce(info: ModelInfo, ledger: AdmissionLedger, rope_note: str | None) -> None:
+    geometry = info.geometry
+    logger.info(
+        "model %s, gates %s, backend %s, %s on %s, context %d tokens",
+        info.model,
+        info.gates or "none (dense only)",
+        info.backend,
+        info.dtype,
+        info.device,
+        info.max_model_len,
+    )
+    if rope_note:
+        logger.info("%s", rope_note)
+    logger.info(
+        "pool: %d pages of %d entries, %.2f GiB; %d layers x %d KV heads, %d bytes an entry",
+        info.pool_pages,
+        geometry.block_size,
+        info.pool_bytes / 2**30,
+        geometry.num_layers,
+        geometry.num_heads,
+        geometry.entry_bytes,
+    )
+    pages = info.budget.ceiling_pages(geometry, total_tokens=info.max_model_len)
+    label = "dense" if info.budget.memory_size is None else f"at M = {info.budget.memory_size}"
+    logger.info(
+        "room for %d sequences of any length up to %d tokens %s",
+        (ledger.capacity - ledger.lane) // pages,
+        info.max_model_len,
+        label,
+    )
