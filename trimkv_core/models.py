@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 from transformers import (
@@ -42,6 +42,9 @@ logger = logging.getLogger(__name__)
 _CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 
 
+_warned_about: set[str] = set()
+
+
 class UnsupportedModelError(ValueError):
     """A model family the overlay does not know."""
 
@@ -54,7 +57,6 @@ class TrimKVMixin:
     """
 
     gate_config: GateConfig | None = None
-    _warned_about: ClassVar[set[str]] = set()
 
     @classmethod
     def from_pretrained(
@@ -107,6 +109,8 @@ class TrimKVMixin:
         model.config.use_cache = use_cache
         model.config.base_model = name
         lay_over(model)
+        # A hook and no `forward` of our own: `generate` reads the signature of the stock one.
+        model.register_forward_pre_hook(_before_forward, with_kwargs=True)
         return model.eval()  # type: ignore[no-any-return]
 
     def add_gates(self, config: GateConfig, folder: Path | None) -> None:
@@ -135,28 +139,6 @@ class TrimKVMixin:
         if self.gate_config is None:
             raise ValueError("this model has no gates to save")
         save_gates(gates_of(self), self.gate_config, Path(folder), use_safetensors=use_safetensors)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the base class; a changed `config._attn_implementation` is answered by our attention."""
-        self._keep_our_attention()
-        if _CACHE_ARGUMENT == "cache" and "past_key_values" in kwargs:
-            kwargs["cache"] = kwargs.pop("past_key_values")
-        return super().forward(*args, **kwargs)  # type: ignore[misc]
-
-    def _keep_our_attention(self) -> None:
-        config = self.config  # type: ignore[attr-defined]
-        asked = config._attn_implementation
-        if asked == ATTENTION_NAME:
-            return
-        config._attn_implementation = ATTENTION_NAME
-        if asked not in self._warned_about:
-            self._warned_about.add(asked)
-            missing = asked.startswith("flash") and not is_flash_attn_2_available()
-            logger.warning(
-                "attention %r was asked for%s: paged attention runs in its place",
-                asked,
-                ", and flash-attn is not installed" if missing else "",
-            )
 
 
 class TrimKVQwen3ForCausalLM(TrimKVMixin, Qwen3ForCausalLM):
@@ -208,6 +190,21 @@ class TrimKVForCausalLM:
             folder = find_gates(gates)
             model.add_gates(read_config(folder), folder)
         return model
+
+
+def _before_forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Take both names of the cache, and answer a changed `config._attn_implementation` with our attention."""
+    if _CACHE_ARGUMENT == "cache" and "past_key_values" in kwargs:
+        kwargs["cache"] = kwargs.pop("past_key_values")
+    asked = model.config._attn_implementation
+    if asked != ATTENTION_NAME:
+        model.config._attn_implementation = ATTENTION_NAME
+        if asked not in _warned_about:
+            _warned_about.add(asked)
+            is_missing = asked.startswith("flash") and not is_flash_attn_2_available()
+            note = ", and flash-attn is not installed" if is_missing else ""
+            logger.warning("attention %r was asked for%s: paged attention runs in its place", asked, note)
+    return args, kwargs
 
 
 def family_of(name: str) -> type[TrimKVMixin]:

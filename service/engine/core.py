@@ -306,7 +306,7 @@ class EngineCore:
             pages_total=pool.num_pages,
             pages_free=pool.num_free,
             pages_used=pool.num_used,
-            pages_reserved=self.ledger.reserved + self.ledger.lane,
+            pages_reserved=self.ledger.reserved + (self.ledger.lane if running else 0),
             pool_bytes=pool.num_bytes,
             running=tuple(self._request_stats(state, per) for state, per in zip(running, layers, strict=True)),
             waiting=len(self.scheduler.waiting),

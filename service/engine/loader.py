@@ -13,7 +13,6 @@ from typing import Any
 import tokenizers
 import torch
 from transformers import AutoTokenizer
-from trimkv_core.embedded import EMBEDDED_NAME
 
 from service.engine.admission import AdmissionLedger
 from service.engine.config import EngineConfig
@@ -28,6 +27,7 @@ from trimkv_core.attention.base import AttentionBackend
 from trimkv_core.attention.select import select_backend
 from trimkv_core.budget import Budget, Geometry, Scope
 from trimkv_core.checkpoint import read_config
+from trimkv_core.embedded import EMBEDDED_NAME
 from trimkv_core.models import TrimKVForCausalLM, find_gates, locate_base, names_gates
 from trimkv_core.overlay import fix_rope
 

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
+from typing import TypeVar
 
 from service.engine.admission import QueueGate
 from service.engine.config import EngineConfig
@@ -39,6 +40,7 @@ logger = logging.getLogger(__name__)
 _STATS_TIMEOUT_SECONDS = 1.0
 
 Command = Callable[[EngineCore], None]
+Result = TypeVar("Result")
 
 
 class EngineWorker:
@@ -114,7 +116,9 @@ class EngineWorker:
             request=request,
             mailbox=Mailbox(),
             sampling=SamplingState(request.sampling, prompt_ids=request.prompt_ids, eos_token_ids=eos),
-            answer=AnswerStream(self._loaded.tokenizer, request.sampling, eos, request.prompt_ids),
+            answer=AnswerStream(
+                self._loaded.tokenizer, request.sampling, eos_token_ids=eos, prompt_ids=request.prompt_ids
+            ),
             pages=pages,
         )
         self._commands.put(lambda core: core.add(state))
@@ -128,7 +132,7 @@ class EngineWorker:
         """Figures taken between two steps; the last ones known while a step takes long."""
         if self._state is not EngineState.FAILED and self._core is not None:
             answer: Future[EngineStats] = Future()
-            self._commands.put(lambda core: answer.set_result(core.stats()))
+            self._commands.put(lambda core: _settle(answer, core.stats))
             try:
                 async with asyncio.timeout(_STATS_TIMEOUT_SECONDS):
                     self._last_stats = await asyncio.wrap_future(answer)
@@ -207,8 +211,14 @@ class EngineWorker:
 
     def _report_idle(self) -> None:
         for waiter in self._idle_waiters:
-            waiter.set_result(None)
+            _settle(waiter, lambda: None)
         self._idle_waiters.clear()
 
     def _left_queue(self, state: RequestState) -> None:
         self._gate.leave(state.prompt_tokens)
+
+
+def _settle(answer: Future[Result], compute: Callable[[], Result]) -> None:
+    """Answer a caller on the event loop, unless it has given up waiting."""
+    if answer.set_running_or_notify_cancel():
+        answer.set_result(compute())

@@ -1,4 +1,4 @@
-"""An engine that does what a test tells it, for what a real one cannot be made to do on demand, and a server around it."""
+"""An engine that does what a test tells it, for what a real one cannot be made to do, and a server around it."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import socket
 import threading
 from collections.abc import AsyncIterator, Iterator
@@ -15,7 +16,8 @@ import pytest
 from service.app import create_app
 from service.engine.interface import EngineState, Event, Failed, FinishReason, GenerationRequest, RequestStats
 from service.metrics import Metrics
-from service.server import PortError, Server, open_port
+from service.port import PortError, open_port
+from service.server import Server
 from service.settings import Settings
 from tests.service.scripted import (
     INFO,
@@ -142,6 +144,13 @@ def test_the_official_client_raises_an_error_in_a_stream() -> None:
             list(client.chat.completions.create(**BODY, stream=True))
 
 
+def test_an_answer_cut_short_by_the_shutdown_may_be_asked_for_again() -> None:
+    with client_of(ScriptedEngine(say(delta("a", 1), finished("", 1, FinishReason.ABORT)))) as client:
+        response = client.post(CHAT, json=BODY)
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "draining")
+    assert response.headers["retry-after"]
+
+
 @pytest.mark.parametrize("is_streaming", [True, False])
 def test_an_abort_or_a_missing_end_is_never_sent_as_an_answer(is_streaming: bool) -> None:
     async def broken(request: GenerationRequest) -> AsyncIterator[Event]:
@@ -161,7 +170,8 @@ def test_an_abort_or_a_missing_end_is_never_sent_as_an_answer(is_streaming: bool
 def test_a_client_that_leaves_a_stream_is_aborted_and_nobody_else() -> None:
     engine = ScriptedEngine(hang)
     with client_of(engine) as client, client.stream("POST", CHAT, json=BODY | {"stream": True}) as other:
-        next(other.iter_lines())
+        other_lines = other.iter_lines()
+        next(other_lines)
         with client.stream("POST", CHAT, json=BODY | {"stream": True}) as response:
             next(response.iter_lines())
         wait_for(lambda: engine.aborted)
@@ -280,6 +290,16 @@ def test_kv_shows_the_pool_and_every_running_request() -> None:
     assert (request["id"], request["entries_physical"], request["layer_entries"]) == ("chatcmpl-1", 40, [18, 22])
     assert (request["budget"]["kv_budget"], request["budget"]["kv_strategy"]) == (64, "fixed_budget")
     assert body["queue"] == {"requests": 2, "prompt_tokens": 12, "by_reason": {"capacity": 2}}
+
+
+def test_the_openapi_document_describes_the_body_and_leaves_no_reference_open() -> None:
+    with client_of(ScriptedEngine()) as client:
+        document = client.get("/openapi.json").json()
+    schemas = document["components"]["schemas"]
+    assert "kv_budget" in schemas["ChatCompletionRequest"]["properties"]
+    references = re.findall(r'"#/components/schemas/(\w+)"', json.dumps(document))
+    assert "ChatCompletionRequest" in references
+    assert set(references) <= set(schemas)
 
 
 # ---- the process -----------------------------------------------------------------------------------------------------

@@ -131,8 +131,9 @@ def test_what_is_not_served_yet_is_said_never_ignored(field: str, value: object)
 
 def test_values_that_ask_for_nothing_pass() -> None:
     parse(
-        logit_bias={}, logprobs=False, top_logprobs=0, n=1, tools=[], tool_choice="auto", response_format={"type": "text"},
-        chat_template_kwargs={}, continue_final_message=False, add_generation_prompt=True, parallel_tool_calls=True,
+        logit_bias={}, logprobs=False, top_logprobs=0, n=1, tools=[], tool_choice="auto",
+        response_format={"type": "text"}, chat_template_kwargs={}, continue_final_message=False,
+        add_generation_prompt=True, parallel_tool_calls=True,
     )  # fmt: skip
 
 

@@ -1,0 +1,387 @@
+"""Every setting of the service: its one home, its unit, its range.
+
+Owns where values come from (flags > environment `TRIMKV_…` > YAML file > defaults), what `--help` says, and the one
+line a bad value earns. Knows no engine beyond the plain `EngineConfig` it fills in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, NoReturn, Self, get_origin
+
+import yaml
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from service.engine.config import EngineConfig
+from trimkv_core.budget import MAX_BLOCK_SIZE, MAX_BUFFER_SIZE
+
+ENV_PREFIX = "TRIMKV_"
+PROGRAM = "trimkv-serve"
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(|[kmgt]i?)b?", re.IGNORECASE)
+
+
+class SettingsError(Exception):
+    """A setting that cannot be; the message is one line for the operator."""
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """How a setting looks on the command line.
+
+    Attributes:
+        group: heading of `--help` it stands under.
+        metavar: what stands for its value there.
+        allowed: what it takes, in the words of an error message.
+        shown_default: its default in words, where the value itself says too little.
+    """
+
+    group: str
+    metavar: str
+    allowed: str
+    shown_default: str | None = None
+
+
+def parse_size(value: object) -> object:
+    """Bytes out of `2GiB`, `80GB`, `512M` or a plain number; whatever is no text passes through.
+
+    Raises:
+        ValueError: text that is no size.
+    """
+    if not isinstance(value, str):
+        return value
+    match = _SIZE.fullmatch(value.strip())
+    if match is None:
+        raise ValueError(f"{value!r} is not a size such as 2GiB, 80GB or 1500000000")
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def _split_names(value: object) -> object:
+    """`a,b` as two names; lists from flags and YAML pass through."""
+    if isinstance(value, str):
+        return tuple(name.strip() for name in value.split(",") if name.strip())
+    return value
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong with the flags in one line, where argparse would print its whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+_SERVER, _MODEL, _MEMORY, _REQUESTS, _OPERATION = (
+    "where it listens",
+    "what it serves",
+    "memory and batching",
+    "what a request may ask for",
+    "operation",
+)
+
+
+class Settings(BaseSettings):
+    """All settings of one service, checked."""
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True, env_ignore_empty=True)
+
+    config: Annotated[
+        Path | None,
+        Field(description="YAML file with settings by their names, such as 'kv-memory: 8GiB'"),
+        Option(_OPERATION, "FILE", "a readable YAML file"),
+    ] = None
+
+    host: Annotated[
+        str,
+        Field(min_length=1, description="address to listen on; 0.0.0.0 for all"),
+        Option(_SERVER, "ADDRESS", "an address or host name"),
+    ] = "127.0.0.1"
+    port: Annotated[
+        int,
+        Field(ge=0, le=65535, description="TCP port; 0 picks a free one"),
+        Option(_SERVER, "PORT", "an integer from 0 to 65535"),
+    ] = 8000
+
+    model: Annotated[
+        str,
+        Field(min_length=1, description="Hugging Face repo id, local folder, GGUF file, or 'embedded'"),
+        Option(_MODEL, "MODEL", "a repo id, a folder, a GGUF file or 'embedded'"),
+    ] = "embedded"
+    gates: Annotated[
+        str | None,
+        Field(
+            min_length=1, description="retention gates: repo id or local folder; without any, a model is served dense"
+        ),
+        Option(_MODEL, "GATES", "a repo id or a folder", "what comes with the embedded model"),
+    ] = None
+    served_model_name: Annotated[
+        tuple[Annotated[str, Field(min_length=1)], ...],
+        NoDecode,
+        BeforeValidator(_split_names),
+        Field(description="name that requests call the model by; may be given more than once"),
+        Option(_MODEL, "NAME", "one or more names", "the model as given"),
+    ] = ()
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        Field(description="number format of weights and cache: auto, float32, bfloat16 or float16"),
+        Option(_MODEL, "DTYPE", "auto, float32, bfloat16 or float16"),
+    ] = "auto"
+    device: Annotated[
+        str,
+        Field(pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$", description="where it runs: auto, cpu, cuda, cuda:N or mps"),
+        Option(_MODEL, "DEVICE", "auto, cpu, cuda, cuda:N or mps"),
+    ] = "auto"
+    backend: Annotated[
+        str,
+        Field(min_length=1, description="attention backend; auto picks the best there is"),
+        Option(_MODEL, "BACKEND", "auto, or a backend that is installed"),
+    ] = "auto"
+    max_model_len: Annotated[
+        int | None,
+        Field(ge=2, le=2**31 - 1, description="tokens of prompt and answer together"),
+        Option(_MODEL, "TOKENS", "an integer of 2 or more", "what the base model allows"),
+    ] = None
+
+    kv_memory: Annotated[
+        int,
+        BeforeValidator(parse_size),
+        Field(ge=1 << 20, le=1 << 50, description="memory of the page pool"),
+        Option(_MEMORY, "SIZE", "a size from 1MiB to 1024TiB, such as 2GiB or 80GB", "2GiB"),
+    ] = 2 << 30
+    block_size: Annotated[
+        int,
+        Field(ge=1, le=MAX_BLOCK_SIZE, description="cache entries a page"),
+        Option(_MEMORY, "ENTRIES", f"an integer from 1 to {MAX_BLOCK_SIZE}"),
+    ] = 16
+    max_num_seqs: Annotated[
+        int,
+        Field(ge=1, le=4096, description="sequences computed at once"),
+        Option(_MEMORY, "N", "an integer from 1 to 4096"),
+    ] = 64
+    prefill_chunk: Annotated[
+        int,
+        Field(ge=1, le=65536, description="prompt tokens one step computes at most, and between evictions"),
+        Option(_MEMORY, "TOKENS", "an integer from 1 to 65536"),
+    ] = 512
+    max_queue_requests: Annotated[
+        int,
+        Field(ge=1, le=1_000_000, description="requests that may wait"),
+        Option(_MEMORY, "N", "an integer from 1 to 1000000"),
+    ] = 256
+    max_queue_tokens: Annotated[
+        int,
+        Field(ge=1, le=2**40, description="prompt tokens that may wait"),
+        Option(_MEMORY, "TOKENS", "an integer from 1 to 2^40"),
+    ] = 1_000_000
+
+    kv_budget: Annotated[
+        int | None,
+        Field(ge=0, le=2**31 - 1, description="default kv_budget, entries a (layer, head) on average; 0 for dense"),
+        Option(_REQUESTS, "ENTRIES", "an integer of 0 or more", "what the gates were trained with"),
+    ] = None
+    kv_buffer: Annotated[
+        int,
+        Field(ge=1, le=MAX_BUFFER_SIZE, description="default kv_buffer, slack in entries before an eviction"),
+        Option(_REQUESTS, "ENTRIES", f"an integer from 1 to {MAX_BUFFER_SIZE}"),
+    ] = 32
+    max_kv_budget: Annotated[
+        int | None,
+        Field(ge=1, le=2**31 - 1, description="largest kv_budget a request may ask for"),
+        Option(_REQUESTS, "ENTRIES", "an integer of 1 or more", "as long as the context"),
+    ] = None
+    allow_dense: Annotated[
+        bool,
+        Field(description="whether a request may keep everything; --no-allow-dense forbids it"),
+        Option(_REQUESTS, "BOOL", "true or false"),
+    ] = True
+    max_output_tokens: Annotated[
+        int | None,
+        Field(ge=1, le=2**31 - 1, description="longest answer"),
+        Option(_REQUESTS, "TOKENS", "an integer of 1 or more", "until the context is full"),
+    ] = None
+    default_max_tokens: Annotated[
+        int,
+        Field(ge=1, le=2**31 - 1, description="answer length of a dense request that names none"),
+        Option(_REQUESTS, "TOKENS", "an integer of 1 or more"),
+    ] = 1024
+    max_body_bytes: Annotated[
+        int,
+        BeforeValidator(parse_size),
+        Field(ge=1024, le=1 << 32, description="largest request body"),
+        Option(_REQUESTS, "SIZE", "a size from 1KiB to 4GiB", "16MiB"),
+    ] = 16 << 20
+
+    keepalive_seconds: Annotated[
+        float,
+        Field(ge=0, le=3600, description="seconds between the keep-alive comments of a stream; 0 for none"),
+        Option(_OPERATION, "SECONDS", "a number from 0 to 3600"),
+    ] = 15.0
+    drain_timeout: Annotated[
+        float,
+        Field(ge=0, le=86400, description="seconds that running requests get to end after SIGTERM"),
+        Option(_OPERATION, "SECONDS", "a number from 0 to 86400"),
+    ] = 30.0
+    watchdog_seconds: Annotated[
+        float,
+        Field(ge=1, le=86400, description="age of a step in seconds at which /health/live reports failure"),
+        Option(_OPERATION, "SECONDS", "a number from 1 to 86400"),
+    ] = 300.0
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"],
+        Field(description="least important lines that are logged: debug, info, warning or error"),
+        Option(_OPERATION, "LEVEL", "debug, info, warning or error"),
+    ] = "info"
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        flags = init_settings.init_kwargs if isinstance(init_settings, InitSettingsSource) else {}
+        path = flags.get("config") or os.environ.get(f"{ENV_PREFIX}CONFIG")
+        file_settings = InitSettingsSource(settings_cls, _read_yaml(path) if path else {})
+        return init_settings, env_settings, file_settings
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if self.kv_budget == 0 and not self.allow_dense:
+            raise _contradiction("kv_budget", 0, "--no-allow-dense forbids requests without a budget")
+        if self.kv_budget and self.max_kv_budget is not None and self.kv_budget > self.max_kv_budget:
+            raise _contradiction("kv_budget", self.kv_budget, f"at most --max-kv-budget={self.max_kv_budget}")
+        if self.kv_budget and self.max_model_len is not None and self.kv_budget > self.max_model_len:
+            raise _contradiction("kv_budget", self.kv_budget, f"at most --max-model-len={self.max_model_len}")
+        return self
+
+    def engine_config(self) -> EngineConfig:
+        """The part of these settings that the engine lives by."""
+        return EngineConfig(
+            model=self.model,
+            gates=self.gates,
+            dtype=self.dtype,
+            device=self.device,
+            backend=self.backend,
+            kv_memory_bytes=self.kv_memory,
+            block_size=self.block_size,
+            max_num_seqs=self.max_num_seqs,
+            max_model_len=self.max_model_len,
+            prefill_chunk=self.prefill_chunk,
+            max_queue_requests=self.max_queue_requests,
+            max_queue_tokens=self.max_queue_tokens,
+            kv_budget=self.kv_budget,
+            kv_buffer=self.kv_buffer,
+        )
+
+
+def load_settings(argv: Sequence[str]) -> Settings:
+    """Settings out of flags, environment and file.
+
+    Raises:
+        SettingsError: a value that is not possible; one line that names where it came from and what is allowed.
+        SystemExit: `--help`, or flags that do not exist (status 2).
+    """
+    flags = vars(build_parser().parse_args(argv))
+    try:
+        return Settings(**flags)
+    except ValidationError as error:
+        raise SettingsError(_one_line(error.errors(include_url=False)[0], flags)) from None
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Flags of all settings, grouped; values stay text, so that there is one judge of them."""
+    parser = OneLineParser(
+        prog=PROGRAM,
+        usage=f"{PROGRAM} [--flag value ...]",
+        description="Serve a language model over the OpenAI API, each request's KV cache under its own budget. "
+        f"See also: {PROGRAM} plan --help (how many sequences fit).",
+        epilog=f"A flag goes before the environment ({ENV_PREFIX}KV_MEMORY=8GiB for --kv-memory 8GiB), the environment "
+        "before the file of --config, the file before the defaults.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    groups = {name: parser.add_argument_group(name) for name in (_SERVER, _MODEL, _MEMORY, _REQUESTS, _OPERATION)}
+    for name, field in Settings.model_fields.items():
+        option = _option(name)
+        default = option.shown_default or _shown(field.default)
+        text = f"{field.description} (default: {default})".replace("%", "%%")
+        group = groups[option.group]
+        if field.annotation is bool:
+            group.add_argument(_flag(name), nargs="?", const="true", metavar=option.metavar, help=text)
+            group.add_argument(
+                f"--no-{_flag(name)[2:]}", dest=name, action="store_const", const="false", help=argparse.SUPPRESS
+            )
+        elif get_origin(field.annotation) is tuple:
+            group.add_argument(_flag(name), action="append", metavar=option.metavar, help=text)
+        else:
+            group.add_argument(_flag(name), metavar=option.metavar, help=text)
+    return parser
+
+
+def _shown(default: object) -> str:
+    if default is None:
+        return "none"
+    if isinstance(default, bool):
+        return str(default).lower()
+    return f"{default:g}" if isinstance(default, float) else str(default)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _option(name: str) -> Option:
+    marks = [mark for mark in Settings.model_fields[name].metadata if isinstance(mark, Option)]
+    return marks[0]
+
+
+def _read_yaml(path: str | Path) -> dict[str, object]:
+    """Settings of a YAML file by field name; `kv-memory` and `kv_memory` are the same."""
+    try:
+        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise SettingsError(f"--config={path} is not possible: must be a readable YAML file ({reason})") from None
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise SettingsError(f"--config={path} is not possible: must hold settings by name, such as 'port: 8000'")
+    return {str(name).replace("-", "_"): value for name, value in loaded.items()}
+
+
+def _contradiction(field: str, value: object, allowed: str) -> PydanticCustomError:
+    return PydanticCustomError(
+        "contradiction",
+        "{field}={value} is not possible: {allowed}",
+        {"field": _flag(field), "value": value, "allowed": allowed},
+    )
+
+
+def _one_line(detail: ErrorDetails, flags: Mapping[str, object]) -> str:
+    if detail["type"] == "contradiction":
+        return detail["msg"]
+    name = str(detail["loc"][0])
+    if detail["type"] == "extra_forbidden":
+        return f"{name!r} in the file of --config is no setting; see {PROGRAM} --help"
+    variable = f"{ENV_PREFIX}{name.upper()}"
+    if name in flags:
+        where = _flag(name)
+    elif os.environ.get(variable):
+        where = variable
+    else:
+        where = f"{name} in the file of --config"
+    return f"{where}={detail['input']} is not possible: must be {_option(name).allowed}"

@@ -1,0 +1,214 @@
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import replace
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from service.engine.interface import (
+    AbortReason,
+    EngineState,
+    EngineStats,
+    FinishedRequest,
+    FinishReason,
+    RejectionReason,
+    RequestStats,
+)
+from service.logs import LoggedMetrics, is_worth_logging
+from service.metrics import INTER_TOKEN_BUCKETS, TIME_TO_FIRST_TOKEN_BUCKETS, Metrics
+from tests.service.scripted import INFO, KV, ScriptedEngine
+
+Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
+
+# API.md's table.
+GAUGES = (
+    "num_requests_running", "num_requests_waiting", "num_requests_waiting_by_reason", "kv_pages", "kv_pool_bytes",
+    "kv_cache_usage_perc", "kv_entries", "kv_layer_entries", "kv_budget_entries", "engine_last_step_age_seconds",
+    "model_info",
+)  # fmt: skip
+COUNTERS = (
+    "prompt_tokens_total", "generation_tokens_total", "request_success_total", "admission_rejections_total",
+    "requests_aborted_total", "kv_evictions_total", "kv_evicted_entries_total", "engine_restarts_total",
+)  # fmt: skip
+HISTOGRAMS = (
+    "time_to_first_token_seconds", "inter_token_latency_seconds", "e2e_request_latency_seconds",
+    "request_queue_time_seconds", "request_prefill_time_seconds", "request_decode_time_seconds",
+    "request_prompt_tokens", "request_generation_tokens", "request_kv_budget", "request_kv_retained_ratio",
+    "kv_compress_duration_seconds", "step_duration_seconds", "step_batch_size",
+)  # fmt: skip
+
+FINISHED = FinishedRequest(
+    request_id="chatcmpl-1",
+    finish_reason=FinishReason.STOP,
+    abort_reason=None,
+    prompt_tokens=5,
+    completion_tokens=3,
+    budget_entries_per_stream=64,
+    kv=KV,
+    time_to_first_token=0.2,
+    e2e_latency=1.0,
+    queue_time=0.1,
+    prefill_time=0.1,
+    decode_time=0.8,
+)
+
+
+async def samples(metrics: Metrics, engine: ScriptedEngine | None = None) -> Samples:
+    body, content_type = await metrics.render(engine or ScriptedEngine(), accept="")
+    assert content_type.startswith("text/plain")
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(body.decode())
+        for sample in family.samples
+    }
+
+
+def of(found: Samples, name: str, **labels: str) -> float:
+    return found["trimkv_" + name, tuple(sorted(labels.items()))]
+
+
+async def test_every_metric_of_the_contract_exists_before_the_first_request() -> None:
+    names = {name for name, _ in await samples(Metrics())}
+    assert {f"trimkv_{name}" for name in (*GAUGES, *COUNTERS)} <= names
+    assert {f"trimkv_{name}_bucket" for name in HISTOGRAMS} <= names
+
+
+async def test_series_with_known_labels_start_at_zero() -> None:
+    found = await samples(Metrics())
+    for reason in FinishReason:
+        assert of(found, "request_success_total", finished_reason=reason) == 0
+    for rejection in RejectionReason:
+        assert of(found, "admission_rejections_total", reason=rejection) == 0
+    for abort in AbortReason:
+        assert of(found, "requests_aborted_total", reason=abort) == 0
+    for strategy in ("fixed_budget", "threshold"):
+        assert of(found, "kv_evictions_total", strategy=strategy) == 0
+    for phase in ("prefill", "decode", "mixed"):
+        assert of(found, "step_duration_seconds_count", phase=phase) == 0
+
+
+@pytest.mark.parametrize("state", [EngineState.LOADING, EngineState.FAILED])
+async def test_without_a_model_a_scrape_still_works(state: EngineState) -> None:
+    engine = ScriptedEngine()
+    engine.state = state
+    assert of(await samples(Metrics(), engine), "num_requests_running") == 0
+
+
+async def test_buckets_are_the_contracts() -> None:
+    found = await samples(Metrics())
+    for name, buckets in (
+        ("time_to_first_token_seconds", TIME_TO_FIRST_TOKEN_BUCKETS),
+        ("inter_token_latency_seconds", INTER_TOKEN_BUCKETS),
+    ):
+        exposed = {labels[0][1] for metric, labels in found if metric == f"trimkv_{name}_bucket"}
+        assert {float(bound) for bound in exposed} == {*map(float, buckets), float("inf")}
+    first = ".001 .005 .01 .02 .04 .06 .08 .1 .25 .5 .75 1 2.5 5 7.5 10 20 40 80 160"
+    between = ".001 .002 .005 .01 .025 .05 .075 .1 .15 .2 .3 .4 .5 .75 1 2.5 5 10"
+    assert list(TIME_TO_FIRST_TOKEN_BUCKETS) == [float(bound) for bound in first.split()]
+    assert list(INTER_TOKEN_BUCKETS) == [float(bound) for bound in between.split()]
+
+
+async def test_what_the_engine_reports_is_counted() -> None:
+    metrics = Metrics()
+    metrics.on_prompt(tokens=5)
+    metrics.on_first_token(seconds_since_arrival=0.2)
+    metrics.on_tokens(inter_token_seconds=[0.1, 0.3])
+    metrics.on_step(duration_seconds=0.1, prefill_tokens=5, prefill_sequences=1, decode_sequences=0)
+    metrics.on_step(duration_seconds=0.1, prefill_tokens=5, prefill_sequences=1, decode_sequences=3)
+    metrics.on_eviction(strategy="fixed_budget", sequences=2, entries=30, duration_seconds=0.01)
+    metrics.on_rejected(RejectionReason.NEVER_FITS)
+    metrics.on_restart()
+    metrics.on_finished(FINISHED)
+    metrics.on_finished(
+        replace(FINISHED, finish_reason=FinishReason.ABORT, abort_reason=AbortReason.CLIENT, kv=None, decode_time=None)
+    )
+    found = await samples(metrics)
+    assert of(found, "prompt_tokens_total") == 5
+    assert of(found, "generation_tokens_total") == 3
+    assert of(found, "time_to_first_token_seconds_count") == 1
+    assert of(found, "inter_token_latency_seconds_sum") == pytest.approx(0.4)
+    assert of(found, "step_batch_size_sum", phase="mixed") == 4
+    assert of(found, "step_batch_size_sum", phase="prefill") == 1
+    assert of(found, "kv_evictions_total", strategy="fixed_budget") == 2
+    assert of(found, "kv_evicted_entries_total") == 30
+    assert of(found, "admission_rejections_total", reason="never_fits") == 1
+    assert of(found, "engine_restarts_total") == 1
+    assert of(found, "request_success_total", finished_reason="stop") == 1
+    assert of(found, "requests_aborted_total", reason="client_disconnected") == 1
+    assert of(found, "request_kv_retained_ratio_sum") == 0.5
+    assert of(found, "request_decode_time_seconds_count") == 1
+    assert of(found, "request_kv_budget_count") == 2
+
+
+async def test_gauges_are_the_engines_figures() -> None:
+    engine = ScriptedEngine()
+    engine.last_step_age_seconds = 1.5
+    running = RequestStats(
+        request_id="chatcmpl-secret",
+        phase="decode",
+        prompt_tokens=5,
+        completion_tokens=3,
+        seen_tokens=7,
+        budget=INFO.budget,
+        entries_logical=42,
+        entries_physical=40,
+        layer_entries=(18, 22),
+        pages_used=6,
+        pages_reserved=12,
+        evictions=1,
+        evicted_entries=2,
+        peak_entries=41,
+    )
+    engine.running = (running, running)
+    metrics = Metrics()
+    found = await samples(metrics, engine)
+    assert of(found, "num_requests_running") == 2
+    assert of(found, "num_requests_waiting") == 2
+    assert of(found, "num_requests_waiting_by_reason", reason="capacity") == 2
+    assert of(found, "num_requests_waiting_by_reason", reason="slots") == 0
+    assert of(found, "kv_pages", state="used") + of(found, "kv_pages", state="free") == 100
+    assert of(found, "kv_cache_usage_perc") == 0.25
+    assert of(found, "kv_entries", kind="logical") == 84
+    assert of(found, "kv_entries", kind="physical") == 80
+    assert of(found, "kv_entries", kind="allocated") == 25 * 16
+    assert [of(found, "kv_layer_entries", layer=layer) for layer in "01"] == [36, 44]
+    assert of(found, "kv_budget_entries") == 2 * 64 * 6
+    assert of(found, "engine_last_step_age_seconds") == 1.5
+    body, _ = await metrics.render(engine, accept="application/openmetrics-text")
+    assert b"secret" not in body
+    assert body.endswith(b"# EOF\n")
+
+
+async def test_an_engine_that_gives_no_figures_does_not_stop_a_scrape(monkeypatch: pytest.MonkeyPatch) -> None:
+    class StuckEngine(ScriptedEngine):
+        is_stuck = False
+
+        async def stats(self) -> EngineStats:
+            if self.is_stuck:
+                await asyncio.sleep(60)
+            return await super().stats()
+
+    monkeypatch.setattr("service.metrics.STATS_TIMEOUT_SECONDS", 0.05)
+    engine, metrics = StuckEngine(), Metrics()
+    await samples(metrics, engine)
+    engine.is_stuck = True
+    assert of(await samples(metrics, engine), "kv_pages", state="used") == 25
+
+
+def test_one_line_tells_of_every_ended_request_and_of_no_text(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        LoggedMetrics().on_finished(FINISHED)
+    (record,) = caplog.records
+    for part in ("id=chatcmpl-1", "reason=stop", "prompt_tokens=5", "kv_budget=64", "retained=6", "ttft_s=0.200"):
+        assert part in record.message
+
+
+@pytest.mark.parametrize(
+    ("path", "is_logged"), [("/health/live", False), ("/metrics", False), ("/v1/chat/completions", True)]
+)
+def test_probes_stay_out_of_the_access_log(path: str, is_logged: bool) -> None:
+    arguments = ("127.0.0.1:1", "GET", path, "1.1", 200)
+    record = logging.LogRecord("uvicorn.access", logging.INFO, "", 0, "%s %s %s %s %s", arguments, None)
+    assert is_worth_logging(record) is is_logged

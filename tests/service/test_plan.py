@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from service import cli
+from service.plan import PlanError, plan_row, run_plan
+from trimkv_core.budget import Budget, Geometry, lane_pages
+
+CONFIG = {
+    "model_type": "qwen3",
+    "architectures": ["Qwen3ForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 1000,
+    "max_position_embeddings": 40_000,
+    "tie_word_embeddings": True,
+    "dtype": "bfloat16",
+}
+GATES = {
+    "base_model": "x",
+    "retention_gate": "rg10",
+    "retention_gate_intermediate_size": 8,
+    "tie_retention_gate_layers": True,
+    "memory_size": 96,
+}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    """A folder with a config and nothing else: no weights to load, no tokenizer."""
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    return str(tmp_path)
+
+
+def rows(text: str) -> dict[str, list[str]]:
+    """Cells of the table by their first word."""
+    table = text.split("\n\n")[1].splitlines()[1:-1]
+    return {line.split()[0]: line.split(maxsplit=1)[1].split("  ") for line in table}
+
+
+def counts(text: str, name: str) -> list[int]:
+    return [int(cell.strip().split(" ")[0].replace(",", "")) for cell in rows(text)[name] if cell.strip()]
+
+
+def test_a_row_is_admissions_own_arithmetic() -> None:
+    geometry = Geometry(num_layers=2, num_heads=3, head_dim=4, block_size=16, kv_itemsize=2)
+    budget = Budget(memory_size=64, buffer_size=32)
+    row = plan_row(geometry, budget, pages=1000, contexts=(4096, 8192))
+    pages = budget.ceiling_pages(geometry, total_tokens=4096)
+    assert row.sequences == (1000 // pages, 1000 // pages)
+    assert row.sequence_bytes == (pages * geometry.page_bytes,) * 2
+
+
+def test_the_table_shows_asked_and_usual_budgets_and_dense_by_context(model: str) -> None:
+    text = run_plan(["--model", model, "--memory", "1GB", "--kv-budget", "200"])
+    found = rows(text)
+    assert set(found) >= {"kv_budget", "64", "128", "200*", "512", "dense"}
+    budgeted, dense = counts(text, "200*"), counts(text, "dense")
+    assert len(budgeted) == len(dense) == 3
+    assert len(set(budgeted)) == 1
+    assert dense[0] > dense[1] > dense[2] > 0
+    assert budgeted[2] > 50 * dense[2]
+    assert "40,000 tokens" in text
+
+
+def test_weights_and_a_prefill_chunk_are_subtracted_and_said(model: str) -> None:
+    layer = 64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 128 + 2 * 64 + 2 * 16
+    weights = 2 * (4 * layer + 1000 * 64 + 64)
+    geometry = Geometry(num_layers=4, num_heads=2, head_dim=16, block_size=16, kv_itemsize=2)
+    text = run_plan(["--model", model, "--memory", "10MiB", "--kv-budget", "64", "--context", "4096"])
+    assert f"weights {weights / 1024:.1f} KiB" in text
+    pages = ((10 << 20) - weights) // geometry.page_bytes - lane_pages(geometry, 512)
+    budget = Budget(memory_size=64)
+    assert counts(text, "64*") == [pages // budget.ceiling_pages(geometry, total_tokens=4096)]
+
+
+def test_gates_are_counted_and_their_trained_budget_shown(model: str, tmp_path: Path) -> None:
+    gates = tmp_path / "gates"
+    gates.mkdir()
+    (gates / "config.json").write_text(json.dumps(GATES))
+    text = run_plan(["--model", model, "--gates", str(gates), "--memory", "1GB"])
+    assert "gates" in text
+    assert "96+" in rows(text)
+
+
+def test_float32_needs_more(model: str) -> None:
+    arguments = ["--model", model, "--memory", "1GB", "--context", "4096"]
+    assert counts(run_plan([*arguments, "--dtype", "float32"]), "dense") < counts(run_plan(arguments), "dense")
+
+
+@pytest.mark.parametrize(
+    ("extra", "part"),
+    [(["--memory", "100KiB"], "--memory="), (["--memory", "1GB", "--gates", "/nowhere"], "--gates=/nowhere")],
+)
+def test_what_cannot_be_planned_is_one_line(model: str, extra: list[str], part: str) -> None:
+    with pytest.raises(PlanError, match=part) as caught:
+        run_plan(["--model", model, *extra])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_that_cannot_be_had_is_one_line_and_a_status(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert cli.main(["plan", "--model", "nobody/nothing", "--memory", "1GB"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("trimkv-serve: --model=nobody/nothing cannot be read")
+
+
+@pytest.mark.parametrize("arguments", [[], ["--memory", "8XB"], ["--memory", "1GB", "--kv-buffer", "0"]])
+def test_bad_flags_are_status_2(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run_plan(arguments)
+    assert caught.value.code == 2
