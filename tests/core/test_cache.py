@@ -195,9 +195,7 @@ def test_a_model_without_gates_refuses_a_budget(tmp_path: Path) -> None:
         ({"num_layers": 3, "num_heads": 2, "device": "meta"}, "device='meta' does not fit"),
     ],
 )
-def test_a_cache_for_another_model_is_refused(
-    arguments: dict[str, Any], message: str, qwen3: tuple[Any, Any]
-) -> None:
+def test_a_cache_for_another_model_is_refused(arguments: dict[str, Any], message: str, qwen3: tuple[Any, Any]) -> None:
     with pytest.raises(ValueError, match=message):
         generate(qwen3[1], past_key_values=PagedTrimKVCache(**arguments))
 

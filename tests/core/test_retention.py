@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -61,7 +62,7 @@ def has_near_ties(entries: list[Entry], look: Look) -> bool:
     values = sorted(score(entry, look.seen, look.budget) for entry in entries)
     values = [value for value in values if value != float("inf")]
     alpha = look.budget.alpha_threshold
-    gaps = [abs(a - b) / max(1.0, abs(a)) for a, b in zip(values, values[1:], strict=False)]
+    gaps = [abs(a - b) / max(1.0, abs(a)) for a, b in itertools.pairwise(values)]
     if alpha is not None:
         gaps += [abs(value - torch.log(torch.tensor(alpha)).item()) for value in values]
     return any(gap < 1e-5 for gap in gaps)
@@ -110,7 +111,7 @@ def test_pins_score_infinite() -> None:
 
 
 def test_pins_beyond_the_budget_are_refused_with_all_three_named() -> None:
-    with pytest.raises(BudgetError, match="num_sink_tokens=4.*sliding_window_size=3.*min_tokens_per_head=2"):
+    with pytest.raises(BudgetError, match=r"num_sink_tokens=4.*sliding_window_size=3.*min_tokens_per_head=2"):
         Budget(memory_size=8, num_sink_tokens=4, sliding_window_size=3, min_tokens_per_head=2)
 
 
