@@ -52,7 +52,7 @@ class Shared:
     @property
     def environment(self) -> dict[str, str]:
         threads = str(self.options.threads)
-        return {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
+        return {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
@@ -27,6 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _serve(settings: Settings) -> int:
+    # Threads that wait for each other sleep rather than spin: a neighbour on the same cores costs its share then, and not
+    # ten times that. To be said before torch loads OpenMP; whoever set it knows better.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Torch takes seconds to import: --help and a bad flag do not wait for it, and a taken port is said first.
     from service.port import PortError, open_port
 

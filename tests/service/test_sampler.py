@@ -253,6 +253,8 @@ def test_the_repetition_penalty_divides_positive_and_multiplies_negative_logits_
 def test_presence_and_frequency_penalties_count_generated_tokens_only() -> None:
     changed = penalised([1.0, 1.0, 1.0], [0, 0], [1, 2, 2], presence_penalty=0.5, frequency_penalty=0.25)
     assert changed == [1.0, 0.25, 0.0]
+    both = penalised([1.0, 1.0, 1.0], [0], [1], repetition_penalty=2.0, presence_penalty=0.5)
+    assert both == [0.5, 0.0, 1.0]
 
 
 def test_the_repetition_penalty_comes_before_the_others() -> None:
