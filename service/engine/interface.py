@@ -233,7 +233,7 @@ class ModelInfo:
         eos_token_ids: the model's own end tokens.
         sampling_defaults: temperature, top_p, top_k, min_p, repetition_penalty as far as generation_config.json names
         them. pool_pages, pool_bytes: the pool.
-        tokenizer_path: folder or repo id that `AutoTokenizer.from_pretrained` reads.
+        tokenizer_path: folder, repo id, GGUF file or `embedded`: what `ChatFormat.load` reads.
     """
 
     model: str

@@ -12,7 +12,6 @@ from typing import Any
 
 import tokenizers
 import torch
-from transformers import AutoTokenizer
 
 from service.engine.admission import AdmissionLedger
 from service.engine.config import EngineConfig
@@ -22,13 +21,14 @@ from service.engine.mailbox import Dispatcher
 from service.engine.request import RequestState
 from service.engine.runner import ModelRunner
 from service.engine.scheduler import Scheduler
+from service.generation.chat_format import ChatFormat
 from service.generation.sampler import Sampler
 from trimkv_core.attention.base import AttentionBackend
 from trimkv_core.attention.select import select_backend
 from trimkv_core.budget import Budget, Geometry, Scope
 from trimkv_core.checkpoint import read_config
 from trimkv_core.embedded import EMBEDDED_NAME
-from trimkv_core.models import TrimKVForCausalLM, find_gates, locate_base, names_gates
+from trimkv_core.models import TrimKVForCausalLM, find_gates, names_gates
 from trimkv_core.overlay import fix_rope
 
 logger = logging.getLogger(__name__)
@@ -109,10 +109,10 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
             f"kv_memory={config.kv_memory_bytes} bytes is {pages} pages; the prefill chunk of {config.prefill_chunk} "
             f"tokens alone takes {ledger.lane}: give more memory or a smaller prefill_chunk"
         )
-    tokenizer = AutoTokenizer.from_pretrained(locate_base(base)[0], **locate_base(base)[1])
+    chat_format = ChatFormat.load(base)
     info = ModelInfo(
         model=base,
-        tokenizer_path=locate_base(base)[0],
+        tokenizer_path=base,
         gates=gates,
         has_gates=gates is not None,
         backend=backend.name,
@@ -124,13 +124,13 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
         budget=_default_budget(config, model, has_gates=gates is not None),
         trained_memory_size=model.config.memory_size if gates else None,
         trained_sink_tokens=model.config.num_sink_tokens if gates else 0,
-        eos_token_ids=_eos_token_ids(model, tokenizer),
+        eos_token_ids=_eos_token_ids(model, chat_format.tokenizer),
         sampling_defaults=_sampling_defaults(model),
         pool_pages=pages,
         pool_bytes=pages * geometry.page_bytes,
     )
     _announce(info, ledger, rope_note)
-    return LoadedEngine(info, tokenizer.backend_tokenizer, ledger, config, model, backend)
+    return LoadedEngine(info, chat_format.backend, ledger, config, model, backend)
 
 
 def _names(config: EngineConfig) -> tuple[str, str | None]:

@@ -9,11 +9,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cache
 from typing import Any, Protocol, cast
 
 from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from trimkv_core.models import locate_base
 
 
 class Role(StrEnum):
@@ -99,14 +102,16 @@ class ChatFormat:
         self.backend = backend
 
     @classmethod
+    @cache
     def load(cls, tokenizer_path: str) -> ChatFormat:
-        """The chat format of a folder or hub repository.
+        """The chat format of a folder, hub repository, GGUF file or `embedded`; loaded once a process.
 
         Raises:
             OSError: nothing to load there, as `transformers` says it.
             TokenizerError: a tokenizer without a fast backend.
         """
-        return cls(AutoTokenizer.from_pretrained(tokenizer_path))
+        location, extra = locate_base(tokenizer_path)
+        return cls(AutoTokenizer.from_pretrained(location, **extra))
 
     def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
         """The prompt of `messages`, up to where the assistant begins to answer.

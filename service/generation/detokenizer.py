@@ -1,9 +1,8 @@
 """Token ids → text, one token at a time and without half characters.
 
-Owns the few ids that the next character depends on. Knows no stop strings and no sampling.
-
-`tokenizers.decoders.DecodeStream` is not used: it raises when a byte-fallback run turns invalid, does not give out what
-it holds at the end, and says nothing for as long as a model repeats U+FFFD, at a cost that grows with the square.
+The tokenizers library's own stream decoder does the work. This module owns what that leaves open: what is held when an
+answer ends, bytes that never become a character (the stream waits for them for ever), and byte-fallback runs that turn
+invalid (it raises). Knows no stop strings and no sampling.
 """
 
 from __future__ import annotations
@@ -11,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
 
 REPLACEMENT = "\ufffd"
-# How many ids give the next one its context: a leading space, or the bytes of the character it goes on with.
+# How many ids of a prompt give the first token its context: whether a space before it is the text's own.
 CONTEXT_TOKENS = 8
 # A character has four bytes: after this many ids without a whole one, the bytes are really invalid.
 MAX_UNDECIDED_TOKENS = 16
+_MAX_PARTIAL_TOKENS = 3
 
 
 class IncrementalDetokenizer:
@@ -35,55 +36,59 @@ class IncrementalDetokenizer:
     ) -> None:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
-        # window = ids of the text last released (the context) + ids since:   [ context | undecided ]
-        #                                                                               ^ boundary
-        self._window = list(prompt_ids[-CONTEXT_TOKENS:])
-        self._text = self._decode(self._window)
-        if self._text.endswith(REPLACEMENT):
-            self._window, self._text = [], ""
-        self._boundary = len(self._window)
-        self._released = len(self._text)
+        context = list(prompt_ids[-CONTEXT_TOKENS:])
+        self._context = [] if self._decode(context).endswith(REPLACEMENT) else context
+        self._undecided: list[int] = []
+        self._stream = self._open_stream()
 
     def push(self, token_id: int) -> str:
         """The text that `token_id` completes, empty while a character is incomplete."""
-        self._window.append(token_id)
-        text = self._decode(self._window)
-        if text == self._text and self._is_skipped(token_id):
-            self._window.pop()
-            return ""
-        self._text = text
-        if text.endswith(REPLACEMENT):
-            is_hopeless = len(self._window) - self._boundary >= MAX_UNDECIDED_TOKENS
-            return self._release_hopeless() if is_hopeless else ""
-        if len(text) <= self._released:
-            return ""
-        piece = text[self._released :]
-        self._window = self._window[self._boundary :]
-        self._boundary = len(self._window)
-        self._text = self._decode(self._window)
-        self._released = len(self._text)
-        return piece
+        self._undecided.append(token_id)
+        try:
+            piece = self._stream.step(self._tokenizer, token_id)
+        except Exception:  # the library raises no narrower type
+            return self._release()
+        if piece:
+            self._context, self._undecided = self._undecided, []
+            return piece
+        return self._release() if len(self._undecided) >= MAX_UNDECIDED_TOKENS else ""
 
     def flush(self) -> str:
         """What is still held, with U+FFFD for bytes that never became a character."""
-        piece = self._text[self._released :]
-        self._released = len(self._text)
+        piece = self._text_after_context(self._undecided)
+        self._undecided = []
         return piece
 
-    def _release_hopeless(self) -> str:
-        """All but the last character: only its bytes may still belong to a valid one."""
-        piece = self._text[self._released : -1]
-        self._window = self._window[-CONTEXT_TOKENS:]
-        self._boundary = len(self._window)
-        self._text = self._decode(self._window)
-        self._released = len(self._text) - 1
-        return piece
+    def _release(self) -> str:
+        """Say what is held but for the bytes of a last, still possible character, and start a new stream with those."""
+        text = self._text_after_context(self._undecided)
+        tail = self._partial_character(text)
+        if tail:
+            text = text.removesuffix(REPLACEMENT)
+        self._undecided = tail
+        self._stream = self._open_stream()
+        for token_id in tail:
+            self._stream.step(self._tokenizer, token_id)
+        return text
 
-    def _is_skipped(self, token_id: int) -> bool:
-        """Whether `token_id` has no text anywhere: a special token, or an id that the tokenizer does not have."""
-        if self._tokenizer.id_to_token(token_id) is None:
-            return True
-        return self._decode([token_id]) != self._tokenizer.decode([token_id], skip_special_tokens=False)
+    def _partial_character(self, text: str) -> list[int]:
+        """The last held ids that together are one incomplete character, if they are no more than a character has."""
+        if not text.endswith(REPLACEMENT):
+            return []
+        for count in range(_MAX_PARTIAL_TOKENS, 0, -1):
+            tail = self._undecided[-count:]
+            before = self._text_after_context(self._undecided[:-count])
+            if self._decode(tail) == REPLACEMENT and before + REPLACEMENT == text:
+                return tail
+        return []
+
+    def _text_after_context(self, ids: list[int]) -> str:
+        context = self._decode(self._context)
+        text = self._decode(self._context + ids)
+        return text[len(context) :] if text.startswith(context) else self._decode(ids)
+
+    def _open_stream(self) -> DecodeStream:
+        return DecodeStream(ids=self._context, skip_special_tokens=self._skip_special_tokens)
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=self._skip_special_tokens)
