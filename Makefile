@@ -1,7 +1,7 @@
 # make serve    the service on the embedded model          make bench    the CPU benchmark of the README
 # make test     everything CI runs                         make format   rewrite the code as ruff wants it
 #
-# Variables, from the command line or the environment:
+# Variables, from the command line or, HOST aside, the environment:
 #   HOST, PORT, MODEL, GATES, DTYPE, KV_MEMORY   flags of trimkv-serve; ARGS adds any other
 #   PYTHON        interpreter the virtual environment is made with, 3.11 or newer
 #   TORCH_INDEX   package index to take torch from: PyTorch's CPU index, where plain pip would bring a CUDA build
@@ -13,8 +13,10 @@ BIN := $(VENV)/bin
 CONSTRAINTS := requirements/cpu-constraints.txt
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint $(CONSTRAINTS)
 
+# In an environment of Conda's, HOST is a compiler triple.
+ADDRESS = $(if $(filter command,$(firstword $(origin HOST))),$(HOST))
 flag = $(if $($(1)),--$(2) "$($(1))")
-SERVE_FLAGS = $(call flag,HOST,host) $(call flag,PORT,port) $(call flag,MODEL,model) $(call flag,GATES,gates) \
+SERVE_FLAGS = $(call flag,ADDRESS,host) $(call flag,PORT,port) $(call flag,MODEL,model) $(call flag,GATES,gates) \
 	$(call flag,DTYPE,dtype) $(call flag,KV_MEMORY,kv-memory) $(ARGS)
 
 .PHONY: serve test bench format clean

@@ -37,6 +37,9 @@ WARM_UP = Cell(concurrency=2, prompt_tokens=96, new_tokens=4)
 CHILD_SLACK_SECONDS = 300.0
 BYTES_BESIDE_KEYS_AND_VALUES = 8
 POOL_SPARE_BYTES = 1 << 30
+# The server prefills one chunk after another: its rate does not depend on how many streams wait behind.
+PREFILL_STREAMS = 4
+LONG_PROMPT_TOKENS = 1024
 MIB = 1 << 20
 
 
@@ -109,14 +112,19 @@ def _measure_service(shared: Shared, cells: Sequence[Cell]) -> tuple[list[Row], 
         for budget in (options.budgets[0], 0):
             server.run_streams(shared.prompts[WARM_UP], new_tokens=WARM_UP.new_tokens, kv_budget=budget)
         for cell in cells:
-            for budget in options.budgets:
+            for budget in _budgets(options, cell):
                 prompts = shared.prompts[cell]
-                first, _ = server.run_streams(prompts, new_tokens=1, kv_budget=budget)
+                first, _ = server.run_streams(prompts[:PREFILL_STREAMS], new_tokens=1, kv_budget=budget)
                 full, kept = server.run_streams(prompts, new_tokens=cell.new_tokens, kv_budget=budget)
                 held = sum(kv["peak_bytes"] for kv in kept)
                 name = f"trimkv-serve, {f'budget {budget}' if budget else 'dense'}"
                 rows.append(_finish(name, cell, Outcome(first=first, full=full, kv_bytes=held)))
         return rows, server.info
+
+
+def _budgets(options: argparse.Namespace, cell: Cell) -> list[int]:
+    is_long = cell.prompt_tokens > LONG_PROMPT_TOKENS
+    return list(options.long_budgets if is_long and options.long_budgets else options.budgets)
 
 
 def _pool_bytes(shared: Shared, cells: Sequence[Cell]) -> int:
@@ -263,6 +271,9 @@ def _parse(arguments: Sequence[str]) -> Any:
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 16], metavar="N")
     parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[512, 4096], metavar="N")
     parser.add_argument("--budgets", type=int, nargs="+", default=[64, 128, 256, 0], metavar="M", help="0 is dense")
+    parser.add_argument(
+        "--long-budgets", type=int, nargs="+", metavar="M", help="for prompts over 1,024 tokens; all if not given"
+    )
     parser.add_argument("--decode-tokens", type=int, default=64, metavar="N", help="tokens while all streams decode")
     parser.add_argument("--prefill-chunk", type=int, default=512, metavar="N", help="of the server")
     parser.add_argument(

@@ -2,8 +2,8 @@
 
 Owns the definitions, so that every system is measured by the same ones. Knows no server and no model.
 
-- prefill tokens/s: all streams start at once and stop at their first token; prompt tokens over the time until the last
-  of them has it.
+- prefill tokens/s: streams start at once (this service: up to four of them) and stop at their first token; prompt
+  tokens over the time until the last of them has it.
 - time to first token: of a run in which all streams start at once and go on to their last token.
 - decode tokens/s: of the same run, tokens over time while all streams are decoding: from the last stream's first token
   to the first stream's last.

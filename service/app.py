@@ -18,7 +18,7 @@ from fastapi.openapi.utils import get_openapi
 
 from service.api.chat import chat_router
 from service.api.context import ApiContext
-from service.api.edge import RequestIdMiddleware
+from service.api.edge import ReadyMiddleware, RequestIdMiddleware
 from service.api.errors import install_error_handlers
 from service.api.health import health_router
 from service.api.kv import kv_router
@@ -68,7 +68,8 @@ def create_app(*, settings: Settings, engine: StartableEngine, metrics: Metrics)
     )
     app.state.context = context
     app.openapi = functools.partial(_openapi, app)  # type: ignore[method-assign]  # how FastAPI documents to do it
-    app.add_middleware(RequestIdMiddleware)
+    app.add_middleware(ReadyMiddleware, check_ready=context.check_ready)
+    app.add_middleware(RequestIdMiddleware)  # the last one added is the outermost
     install_error_handlers(app)
     for router in (chat_router, models_router, kv_router, health_router):
         app.include_router(router(context))

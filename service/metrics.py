@@ -49,7 +49,7 @@ BUDGET_BUCKETS = (16, 32, 64, 128, 256, 512, 1_024, 2_048, 4_096, 8_192, 16_384,
 RATIO_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
-WAITING_REASONS = ("capacity", "slots", "priority", "order")
+WAITING_REASONS = ("capacity", "slots", "order")
 STEP_PHASES = ("prefill", "decode", "mixed")
 
 

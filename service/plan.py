@@ -17,16 +17,18 @@ from huggingface_hub import hf_hub_download
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from service.logs import format_bytes
-from service.settings import PROGRAM, OneLineParser, parse_size
+from service.settings import PROGRAM, OneLineParser, Settings, parse_size
 from trimkv_core.budget import MAX_BLOCK_SIZE, MAX_BUFFER_SIZE, Budget, BudgetError, Geometry, lane_pages
 from trimkv_core.checkpoint import CONFIG_NAME, GateConfig, read_config
-from trimkv_core.embedded import EMBEDDED_NAME, embedded_gates_path
+from trimkv_core.embedded import EMBEDDED_NAME, embedded_config, embedded_gates_path
 from trimkv_core.gates import build_gates
 from trimkv_core.models import locate_base
 
 SWEEP = (64, 128, 256, 512, 1024, 2048)
 MAX_REASON_CHARACTERS = 300
 CONTEXTS = (4_096, 32_768, 131_072)
+# What a server chooses depends on its device, of which a plan knows nothing: GPUs and new CPUs get this.
+ASSUMED_DTYPE = "bfloat16"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -55,13 +57,24 @@ class ModelShape:
     trained_budget: int | None
 
 
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """A size in bytes, and how it was typed: 80GB and 74.5 GiB are the same, and not everybody sees it."""
+
+    size: int
+    typed: str
+
+    def __str__(self) -> str:
+        return f"{self.typed} ({format_bytes(self.size)})"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanRequest:
     """What is planned for; see the flags of `plan --help`."""
 
     model: str
     gates: str | None
-    memory: int
+    memory: Memory
     dtype: str
     block_size: int
     kv_budget: int | None
@@ -89,12 +102,12 @@ def run_plan(arguments: Sequence[str]) -> str:
     request = _parse(arguments)
     shape = read_shape(request)
     contexts = _contexts(request, shape.max_model_len)
-    pool_bytes = request.memory - shape.weight_bytes - shape.gate_bytes
+    pool_bytes = request.memory.size - shape.weight_bytes - shape.gate_bytes
     lane = lane_pages(shape.geometry, request.prefill_chunk)
     pages = pool_bytes // shape.geometry.page_bytes - lane
     if pages < 1:
         raise PlanError(
-            f"--memory={format_bytes(request.memory)} is not enough: weights and gates take "
+            f"--memory={request.memory} is not enough: weights and gates take "
             f"{format_bytes(shape.weight_bytes + shape.gate_bytes)} in {shape.dtype}, and one prefill chunk "
             f"{format_bytes(lane * shape.geometry.page_bytes)}"
         )
@@ -123,11 +136,10 @@ def read_shape(request: PlanRequest) -> ModelShape:
     """
     gates = _read_gates(request)
     try:
-        location, extra = locate_base(request.model)
-        config = AutoConfig.from_pretrained(location, **extra)
+        config = _read_config(request.model)
     except Exception as error:  # hub, file and config errors of a dozen types: the operator can only check the name
         raise PlanError(f"--model={request.model} cannot be read: {_short(error)}") from error
-    dtype = request.dtype if request.dtype != "auto" else _stored_dtype(config)
+    dtype = request.dtype if request.dtype != "auto" else ASSUMED_DTYPE
     text = config.get_text_config()
     heads = text.num_attention_heads
     geometry = Geometry(
@@ -147,6 +159,14 @@ def read_shape(request: PlanRequest) -> ModelShape:
         gate_bytes=_gate_bytes(gates, text, geometry, dtype=_DTYPES[dtype]) if gates is not None else 0,
         trained_budget=gates.memory_size if gates is not None else None,
     )
+
+
+def _read_config(model: str) -> Any:
+    """The config of a model; the embedded one's is known, and finding its file would convert all of it."""
+    if model == EMBEDDED_NAME:
+        return embedded_config()
+    location, extra = locate_base(model)
+    return AutoConfig.from_pretrained(location, **extra)
 
 
 def _read_gates(request: PlanRequest) -> GateConfig | None:
@@ -176,11 +196,6 @@ def _parameter_bytes(module: torch.nn.Module) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
 
 
-def _stored_dtype(config: Any) -> str:
-    stored = str(getattr(config, "dtype", None) or "").removeprefix("torch.")
-    return stored if stored in _DTYPES else "bfloat16"
-
-
 def _contexts(request: PlanRequest, longest: int) -> tuple[int, ...]:
     """The context lengths asked for, none longer than the model allows."""
     return tuple(sorted({min(context, longest) for context in request.contexts or CONTEXTS}))
@@ -200,14 +215,14 @@ def _budgets(request: PlanRequest, shape: ModelShape, contexts: Sequence[int]) -
 def _render(request: PlanRequest, shape: ModelShape, *, rows: Sequence[PlanRow], contexts: Sequence[int]) -> str:
     geometry = shape.geometry
     lane = lane_pages(geometry, request.prefill_chunk) * geometry.page_bytes
-    pool = request.memory - shape.weight_bytes - shape.gate_bytes
+    pool = request.memory.size - shape.weight_bytes - shape.gate_bytes
     gates = f" - gates {format_bytes(shape.gate_bytes)}" if shape.gate_bytes else ""
     headings = [f"{context:,} tokens" for context in contexts]
     lines = [
         f"{request.model}: {geometry.num_layers} layers x {geometry.num_heads} KV heads x {geometry.head_dim}, "
         f"{shape.dtype}, up to {shape.max_model_len:,} tokens; one entry {geometry.entry_bytes} bytes, "
         f"page of {geometry.block_size} entries {geometry.page_bytes:,} bytes",
-        f"{format_bytes(request.memory)} - weights {format_bytes(shape.weight_bytes)}{gates} = pool "
+        f"{request.memory} - weights {format_bytes(shape.weight_bytes)}{gates} = pool "
         f"{format_bytes(pool)}, of which one prefill chunk of {request.prefill_chunk} tokens takes "
         f"{format_bytes(lane)}; not counted: activations and the runtime's own memory",
         "",
@@ -226,7 +241,29 @@ def _render(request: PlanRequest, shape: ModelShape, *, rows: Sequence[PlanRow],
         ]
         lines.append(_line(name + marks, cells))
     lines.append(f"kv_buffer {request.kv_buffer}; * as asked for, + as the gates were trained")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *_notes(request, shape)])
+
+
+def _notes(request: PlanRequest, shape: ModelShape) -> list[str]:
+    """What the table leaves out: a sequence's exact entries, without the part-filled pages, and what was assumed."""
+    notes = []
+    budget = shape.trained_budget if request.kv_budget is None else request.kv_budget
+    if budget:
+        after, full = (
+            entries * shape.geometry.streams * shape.geometry.entry_bytes / 1e6
+            for entries in (budget, budget + request.kv_buffer)
+        )
+        notes.append(
+            f"kv_budget {budget}: the entries of a sequence take {after:,.1f} MB after an eviction, {full:,.1f} MB at "
+            f"{budget} + {request.kv_buffer}, at any length"
+        )
+    notes.append(
+        "the server computes --max-num-seqs sequences at once (default "
+        f"{Settings.model_fields['max_num_seqs'].default}), however many fit"
+    )
+    if request.dtype == "auto":
+        notes.append(f"assuming {ASSUMED_DTYPE}; --dtype float32 for a CPU without bf16 hardware")
+    return notes
 
 
 def _line(name: str, cells: Sequence[str]) -> str:
@@ -241,10 +278,10 @@ def _parse(arguments: Sequence[str]) -> PlanRequest:
     )
     parser.add_argument("--model", default=EMBEDDED_NAME, help="repo id, folder, GGUF file or 'embedded' (%(default)s)")
     parser.add_argument("--gates", help="gate checkpoint, to count its parameters and show its trained budget")
-    parser.add_argument("--memory", type=_size, required=True, help="of the whole device, such as 80GB or 16GiB")
+    parser.add_argument("--memory", type=_memory, required=True, help="of the whole device, such as 80GB or 16GiB")
     parser.add_argument("--kv-budget", type=_whole(0, 2**31 - 1), help="a budget to show beside the usual ones")
     parser.add_argument("--kv-buffer", type=_whole(1, MAX_BUFFER_SIZE), default=32, help="entries (%(default)s)")
-    parser.add_argument("--dtype", choices=("auto", *_DTYPES), default="auto", help="weights and cache (%(default)s)")
+    parser.add_argument("--dtype", choices=("auto", *_DTYPES), default="auto", help="weights and cache (bfloat16)")
     parser.add_argument("--block-size", type=_whole(1, MAX_BLOCK_SIZE), default=16, help="entries a page (%(default)s)")
     parser.add_argument("--prefill-chunk", type=_whole(1, 65536), default=512, help="tokens (%(default)s)")
     parser.add_argument(
@@ -268,9 +305,9 @@ def _parse(arguments: Sequence[str]) -> PlanRequest:
     )
 
 
-def _size(text: str) -> int:
+def _memory(text: str) -> Memory:
     try:
-        return int(str(parse_size(text)))
+        return Memory(int(str(parse_size(text))), text.strip())
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 

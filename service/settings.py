@@ -9,13 +9,14 @@ from __future__ import annotations
 import argparse
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn, Self, get_origin
 
 import yaml
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 from pydantic_settings import (
     BaseSettings,
@@ -70,10 +71,14 @@ def parse_size(value: object) -> object:
 
 
 def _split_names(value: object) -> object:
-    """`a,b` as two names; lists from flags and YAML pass through."""
-    if isinstance(value, str):
-        return tuple(name.strip() for name in value.split(",") if name.strip())
-    return value
+    """`a,b` as two names, alone or in a list of flags or YAML; text without any stays as it is, to be refused."""
+    if not isinstance(value, str | list):
+        return value
+    names: list[object] = []
+    for item in [value] if isinstance(value, str) else value:
+        parts = [part.strip() for part in item.split(",")] if isinstance(item, str) else [item]
+        names += [part for part in parts if part != ""] or [item]
+    return tuple(names)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -130,7 +135,7 @@ class Settings(BaseSettings):
         tuple[Annotated[str, Field(min_length=1)], ...],
         NoDecode,
         BeforeValidator(_split_names),
-        Field(description="name that requests call the model by; may be given more than once"),
+        Field(description="names that requests call the model by: a,b or the flag more than once"),
         Option(_MODEL, "NAME", "one or more names", "the model as given"),
     ] = ()
     dtype: Annotated[
@@ -254,9 +259,17 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         flags = init_settings.init_kwargs if isinstance(init_settings, InitSettingsSource) else {}
-        path = flags.get("config") or os.environ.get(f"{ENV_PREFIX}CONFIG")
+        path = flags.get("config") or os.environ.get(_variable("config") or "")
         file_settings = InitSettingsSource(settings_cls, _read_yaml(path) if path else {})
         return init_settings, env_settings, file_settings
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_truth_as_number(cls, value: object, info: ValidationInfo) -> object:
+        # YAML's `true` and `on`, which pydantic reads as the number 1.
+        if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation is not bool:
+            raise ValueError("true and false are no value of this setting")
+        return value
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
@@ -285,6 +298,7 @@ class Settings(BaseSettings):
             max_queue_tokens=self.max_queue_tokens,
             kv_budget=self.kv_budget,
             kv_buffer=self.kv_buffer,
+            max_kv_budget=self.max_kv_budget,
         )
 
 
@@ -350,9 +364,10 @@ def _option(name: str) -> Option:
 
 
 def _read_yaml(path: str | Path) -> dict[str, object]:
-    """Settings of a YAML file by field name; `kv-memory` and `kv_memory` are the same."""
+    """Settings of a YAML file by field name; `kv-memory` and `kv_memory` are the same, and said once."""
     try:
-        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        loaded, names = yaml.safe_load(text), _names_in(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise SettingsError(f"--config={path} is not possible: must be a readable YAML file ({reason})") from None
@@ -360,7 +375,27 @@ def _read_yaml(path: str | Path) -> dict[str, object]:
         return {}
     if not isinstance(loaded, dict):
         raise SettingsError(f"--config={path} is not possible: must hold settings by name, such as 'port: 8000'")
-    return {str(name).replace("-", "_"): value for name, value in loaded.items()}
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise SettingsError(f"--config={path} is not possible: must say {twice[0]} once")
+    return {_field_name(name): value for name, value in loaded.items()}
+
+
+def _names_in(text: str) -> list[str]:
+    """The field names at the top of a YAML document, repeated ones too, of which loading keeps the last."""
+    node = yaml.compose(text, Loader=yaml.SafeLoader)
+    return [_field_name(key.value) for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+
+
+def _field_name(name: object) -> str:
+    return str(name).replace("-", "_")
+
+
+def _variable(name: str) -> str | None:
+    """The environment variable that sets `name`, if any: as pydantic-settings looks, in any case and not empty."""
+    wanted = f"{ENV_PREFIX}{name}".upper()
+    found = [variable for variable, value in os.environ.items() if variable.upper() == wanted and value]
+    return found[-1] if found else None
 
 
 def _contradiction(field: str, value: object, allowed: str) -> PydanticCustomError:
@@ -377,11 +412,5 @@ def _one_line(detail: ErrorDetails, flags: Mapping[str, object]) -> str:
     name = str(detail["loc"][0])
     if detail["type"] == "extra_forbidden":
         return f"{name!r} in the file of --config is no setting; see {PROGRAM} --help"
-    variable = f"{ENV_PREFIX}{name.upper()}"
-    if name in flags:
-        where = _flag(name)
-    elif os.environ.get(variable):
-        where = variable
-    else:
-        where = f"{name} in the file of --config"
+    where = _flag(name) if name in flags else _variable(name) or f"{name} in the file of --config"
     return f"{where}={detail['input']} is not possible: must be {_option(name).allowed}"

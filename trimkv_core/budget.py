@@ -161,16 +161,16 @@ class Budget:
     @property
     def is_bounded(self) -> bool:
         """Whether the sequence has a ceiling that does not grow with its length."""
-        return self.memory_size is not None and self.strategy is not Strategy.DENSE
+        return self.memory_size is not None
 
     @property
     def can_evict(self) -> bool:
         """Whether any eviction point can ever drop an entry."""
         return self.is_bounded or self.strategy is Strategy.THRESHOLD
 
-    def is_prompt_eviction_point(self, seen: int, prompt_tokens: int) -> bool:
-        """Whether the trigger is looked at once `seen` of `prompt_tokens` prompt tokens are in."""
-        if seen == prompt_tokens:
+    def is_eviction_point(self, seen: int, prompt_tokens: int) -> bool:
+        """Whether the trigger is looked at once `seen` tokens are in, the first `prompt_tokens` of them the prompt."""
+        if seen >= prompt_tokens:
             return True
         return self.prefill_chunk > 0 and seen % self.prefill_chunk == 0
 
@@ -186,7 +186,7 @@ class Budget:
         """
         if self.strategy is Strategy.THRESHOLD:
             return seen // self.buffer_size > before // self.buffer_size
-        if self.strategy is Strategy.DENSE or self.memory_size is None:
+        if self.memory_size is None:
             return False
         limit = self.memory_size + self.buffer_size
         return longest >= limit if self.scope is Scope.LOCAL else held >= streams * limit
@@ -199,7 +199,7 @@ class Budget:
             total_tokens: prompt and new tokens together.
             forward_tokens: c, tokens that the running forward adds (its chunk in prefill, 1 in decode).
         """
-        if not self.is_bounded or self.memory_size is None:
+        if self.memory_size is None:
             return streams * total_tokens
         return streams * (min(total_tokens, self.memory_size + self.buffer_size) + forward_tokens)
 

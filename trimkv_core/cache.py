@@ -136,16 +136,25 @@ class _BudgetedCache(StepCache):
     # ---- one forward ---------------------------------------------------------------------------------------------
 
     def attend(self, layer: int, attention: LayerAttention) -> Tensor:
-        if layer == 0:
-            self._begin(attention)
-        if self._step is None:
-            raise RuntimeError(f"layer {layer} came before layer 0")
         if attention.log_beta is None and self.budget.can_evict:
             raise BudgetError(
                 "memory_size", self.budget.memory_size, "a model without gates keeps everything; use None"
             )
+        if layer == 0:
+            self._begin(attention)
         batch, query_heads, tokens, dim = attention.query.shape
-        mixed = self._step.layer(
+        mixed = attention.query.new_zeros(0, query_heads, dim)
+        if self._step is not None:
+            mixed = self._attend_to_pages(self._step, layer, attention)
+        if layer == attention.num_layers - 1:
+            self._end(tokens)
+        if self._token_index is not None:
+            padded = mixed.new_zeros(batch * tokens, query_heads, dim)
+            mixed = padded.index_copy_(0, self._token_index, mixed)
+        return mixed.view(batch, tokens, query_heads, dim)
+
+    def _attend_to_pages(self, step: PagedStep[Any], layer: int, attention: LayerAttention) -> Tensor:
+        return step.layer(
             layer,
             self._pack(attention.query),
             self._pack(attention.key),
@@ -154,12 +163,6 @@ class _BudgetedCache(StepCache):
             scale=attention.scale,
             window=attention.window,
         )
-        if layer == attention.num_layers - 1:
-            self._end(tokens)
-        if self._token_index is not None:
-            padded = mixed.new_zeros(batch * tokens, query_heads, dim)
-            mixed = padded.index_copy_(0, self._token_index, mixed)
-        return mixed.view(batch, tokens, query_heads, dim)
 
     def _pack(self, states: Tensor) -> Tensor:
         """[batch, heads, tokens, D] → [real tokens, heads, D], in the order of the step's segments."""
@@ -181,7 +184,8 @@ class _BudgetedCache(StepCache):
         order = sorted((index for index in range(batch) if counts[index]), key=lambda index: counts[index] != 1)
         self._seen_before = {row: self._table.seen(row) for row in self._rows}
         segments = [Segment(self._rows[index], counts[index]) for index in order]
-        self._step = PagedStep(self._backend, self._table, self._table.extend(segments))
+        # A chunk may be padding in every row, and then there is nothing to write or to see.
+        self._step = PagedStep(self._backend, self._table, self._table.extend(segments)) if segments else None
 
     def _find_real_tokens(self, padding: Tensor | None, batch: int, tokens: int) -> list[int]:
         """Real tokens of every row, and where they are if some are padding."""
@@ -222,8 +226,10 @@ class _BudgetedCache(StepCache):
         device = attention.key.device
         if self._device is not None and self._device.type != device.type:
             raise ValueError(f"device={str(self._device)!r} does not fit the model, which is on {str(device)!r}")
+        dtype = attention.key.dtype
+        if self._dtype is not None and self._dtype != dtype:
+            raise ValueError(f"dtype={self._dtype} does not fit the model's keys, which are {dtype}")
         self._num_layers = attention.num_layers
-        dtype = self._dtype or attention.key.dtype
         geometry = Geometry(attention.num_layers, heads, dim, self._block_size, dtype.itemsize)
         self._geometry = geometry
         pages = max(1, int(batch * self._page_capacity(tokens) * self._num_blocks_ratio))
@@ -256,7 +262,7 @@ class PagedTrimKVCache(_BudgetedCache):
         lookahead_steps: how many coming steps an entry is scored over.
         block_size: entries a page, 1 to 256.
         num_blocks_ratio: share of the expected pages to start with.
-        device, dtype: of the pool; None: the model's.
+        device, dtype: what the model's keys must be on and of; None: whatever they are.
         scope: `global` (DBTrimKV) or `local` (TrimKV).
         backend: attention backend, `auto` for the best there is.
 
@@ -334,15 +340,16 @@ class PagedTrimKVCache(_BudgetedCache):
             memory_size = getattr(config, "memory_size", None) if has_gates else None
         if memory_size is not None and not has_gates:
             raise BudgetError("memory_size", memory_size, "a model without gates keeps everything; use None")
+        if buffer_size is None:
+            buffer_size = getattr(config, "buffer_size", None) or DEFAULT_BUFFER_SIZE
         fields: dict[str, Any] = {
             "num_layers": config.num_hidden_layers,
             "num_heads": config.num_key_value_heads,
             "max_seq_len": config.max_position_embeddings,
             "memory_size": memory_size,
-            "buffer_size": buffer_size or getattr(config, "buffer_size", None) or DEFAULT_BUFFER_SIZE,
-            "num_sink_tokens": (getattr(config, "num_sink_tokens", None) or 0) if memory_size is not None else 0,
+            "buffer_size": buffer_size,
+            "num_sink_tokens": (getattr(config, "num_sink_tokens", None) or 0) if has_gates else 0,
             "scope": "global" if getattr(config, "global_capacity", True) else "local",
-            "dtype": model.dtype,
             "device": model.device,
         }
         return cls(**(fields | overrides))

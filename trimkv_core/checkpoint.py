@@ -6,12 +6,14 @@ Reading and writing them, and every complaint about them. Knows no attention and
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -80,8 +82,6 @@ def find_checkpoint(name: str, *, download_from: str = "huggingface") -> Path:
         return folder
     if download_from == "local":
         raise CheckpointError(f"no folder {name!r}: download_from='local' needs one with {CONFIG_NAME}")
-    from huggingface_hub import snapshot_download
-
     try:
         return Path(snapshot_download(name, allow_patterns=[CONFIG_NAME, *WEIGHT_NAMES]))
     except Exception as error:  # the hub client raises a dozen types, and all mean the same here
@@ -114,6 +114,8 @@ def read_config(folder: Path) -> GateConfig:
         raise CheckpointError(f"{folder} has no {CONFIG_NAME}") from None
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path} is not a gate checkpoint's config: it holds no object")
     complaints = []
     if not isinstance(raw.get("base_model"), str):
         complaints.append("base_model: a hub id or path is needed")
@@ -127,19 +129,22 @@ def read_config(folder: Path) -> GateConfig:
         value = raw.get(name)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
             complaints.append(f"{name}: {value!r} is not a whole number of 0 or more")
+    bias_init = raw.get("retention_gate_bias_init", 18.0)
+    if not isinstance(bias_init, int | float):
+        complaints.append(f"retention_gate_bias_init: {bias_init!r} is not a number")
     if complaints:
         raise CheckpointError(f"{path} is not a gate checkpoint's config: " + "; ".join(complaints))
     kind = GateKind(raw["retention_gate"])
     return GateConfig(
         base_model=_resolve_base(raw["base_model"], folder),
         kind=kind,
-        intermediate_size=size,
+        intermediate_size=raw["retention_gate_intermediate_size"],
         is_tied=bool(raw.get("tie_retention_gate_layers", False)),
         is_global=bool(raw.get("global_capacity", kind is GateKind.RG10)),
         memory_size=raw.get("memory_size"),
         buffer_size=raw.get("buffer_size"),
         num_sink_tokens=raw.get("num_sink_tokens") or 0,
-        bias_init=float(raw.get("retention_gate_bias_init", 18.0)),
+        bias_init=float(bias_init),
         raw=raw,
     )
 
@@ -148,6 +153,13 @@ def _resolve_base(base_model: str, folder: Path) -> str:
     """A path beside the checkpoint wins over one in the working directory; anything else is a hub id."""
     beside = folder / base_model
     return str(beside.resolve()) if beside.exists() else base_model
+
+
+def _name_base(base_model: str, folder: Path) -> str:
+    """A base in a folder is named from the checkpoint's, so that both can move together."""
+    if not Path(base_model).exists():
+        return base_model
+    return os.path.relpath(Path(base_model).resolve(), folder.resolve())
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -227,7 +239,7 @@ def save_gates(gates: list[RetentionGate], config: GateConfig, folder: Path, *, 
         torch.save(weights, folder / WEIGHT_NAMES[1])
     raw = dict(config.raw)
     raw |= {
-        "base_model": config.base_model,
+        "base_model": _name_base(config.base_model, folder),
         "retention_gate": config.kind.value,
         "retention_gate_intermediate_size": config.intermediate_size,
         "tie_retention_gate_layers": config.is_tied,

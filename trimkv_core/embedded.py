@@ -47,6 +47,23 @@ def embedded_gates_path() -> Path:
     return Path(__file__).parent / "data" / _STEM
 
 
+def embedded_config() -> LlamaConfig:
+    """The shape of the embedded model, from memory: for whoever wants to know it without having the model made."""
+    return LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        head_dim=64,
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_theta": 100_000.0, "rope_type": "default"},
+        tie_word_embeddings=True,
+    )
+
+
 def embedded_model_path() -> Path:
     """The folder of the embedded model: float32 safetensors, config, generation config and tokenizer.
 

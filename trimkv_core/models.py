@@ -94,7 +94,6 @@ class TrimKVMixin:
             **kwargs,
         )
         model.add_gates(config, folder if load_trimkv_weights else None)
-        model.config.base_model = base
         return model  # type: ignore[no-any-return]
 
     @classmethod
@@ -102,15 +101,21 @@ class TrimKVMixin:
         """Load a base model without gates: served dense. `name`: folder, hub repo id, GGUF file or `embedded`."""
         register_attention()
         use_cache = kwargs.pop("use_cache", True)
+        asked = kwargs.pop("attn_implementation", None)
         location, extra = locate_base(name)
         model: Any = super().from_pretrained(  # type: ignore[misc]
             location, dtype=dtype, attn_implementation=ATTENTION_NAME, **extra, **kwargs
         )
+        devices = {str(parameter.device) for parameter in model.parameters()}
+        if len(devices) > 1:
+            raise ValueError(f"the model lies on {', '.join(sorted(devices))}: one page pool serves one device")
         model.config.use_cache = use_cache
         model.config.base_model = name
         lay_over(model)
         # A hook and no `forward` of our own: `generate` reads the signature of the stock one.
         model.register_forward_pre_hook(_before_forward, with_kwargs=True)
+        if asked is not None:
+            _note_attention(asked)
         return model.eval()  # type: ignore[no-any-return]
 
     def add_gates(self, config: GateConfig, folder: Path | None) -> None:
@@ -199,12 +204,17 @@ def _before_forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     asked = model.config._attn_implementation
     if asked != ATTENTION_NAME:
         model.config._attn_implementation = ATTENTION_NAME
-        if asked not in _warned_about:
-            _warned_about.add(asked)
-            is_missing = asked.startswith("flash") and not is_flash_attn_2_available()
-            note = ", and flash-attn is not installed" if is_missing else ""
-            logger.warning("attention %r was asked for%s: paged attention runs in its place", asked, note)
+        _note_attention(asked)
     return args, kwargs
+
+
+def _note_attention(asked: str) -> None:
+    if asked in _warned_about or asked == ATTENTION_NAME:
+        return
+    _warned_about.add(asked)
+    is_missing = asked.startswith("flash") and not is_flash_attn_2_available()
+    note = ", and flash-attn is not installed" if is_missing else ""
+    logger.warning("attention %r was asked for%s: paged attention runs in its place", asked, note)
 
 
 def family_of(name: str) -> type[TrimKVMixin]:

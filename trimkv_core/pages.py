@@ -87,6 +87,18 @@ class PagePool:
         self._free[top : top + pages.numel()] = pages
         self._num_free += pages.numel()
 
+    def scrub(self, pages: Tensor) -> None:
+        """Zero the keys and values of pages: int32 [count]."""
+        self.key[pages.long()] = 0
+        self.value[pages.long()] = 0
+
+    def reset(self) -> None:
+        """Make every page free and zero, in place."""
+        for storage in (self.key, self.value, self.log_beta, self.position):
+            storage.zero_()
+        self._num_free = self.num_pages
+        self._free.copy_(torch.arange(self.num_pages - 1, -1, -1, dtype=torch.int32, device=self.device))
+
     def grow(self, num_pages: int) -> None:
         """Enlarge the pool to `num_pages`; pages keep their numbers and contents."""
         old, extra = self.num_pages, num_pages - self.num_pages

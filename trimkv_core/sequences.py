@@ -1,8 +1,9 @@
 """The sequence table: which pages a sequence holds, how long its streams are, and how they grow and shrink.
 
 Owns the page lists and lengths of all sequences, and is the only one who takes pages from the pool or gives them back.
-The lengths live on the device; the host mirrors what it needs to decide (tokens seen, entries held). One read-back
-serves a whole step and one a whole eviction, neither of them inside the layer loop. Knows no attention and no model.
+The lengths live on the device; the host mirrors what it needs to decide (tokens seen, entries held). It waits for the
+device once a step, before the first layer, and a few times an eviction, after the last: never inside the layer loop.
+Knows no attention and no model.
 
 Letters: S rows (sequences) in a call, L layers, H KV heads, N = S·L·H streams, T tokens, P pages, B block size, E
 entries.
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from trimkv_core.budget import Budget
 from trimkv_core.page_lists import PageLists
-from trimkv_core.pages import InvariantError, PagePool
+from trimkv_core.pages import InvariantError, PagePool, PoolExhausted
 from trimkv_core.retention import EntryView, Look, survivors
 
 
@@ -37,25 +38,21 @@ class StepBatch:
     Attributes:
         segments: S of them.
         num_decode: how many leading segments have one token.
-        rows: int64 [S].
         lengths_before, lengths_after: int64 [S, L, H], entries a stream without and with this batch's.
         first_page: int64 [S, L, H], where each stream's pages begin in the arena.
         row_pages: pages of each segment's row, host numbers.
         slots: int64 [L, H, T], where each token's entries go.
         position: int32 [T], logical position of each token.
-        segment_of_token: int64 [T].
     """
 
     segments: tuple[Segment, ...]
     num_decode: int
-    rows: Tensor
     lengths_before: Tensor
     lengths_after: Tensor
     first_page: Tensor
     row_pages: tuple[int, ...]
     slots: Tensor
     position: Tensor
-    segment_of_token: Tensor
 
     @property
     def num_tokens(self) -> int:
@@ -82,6 +79,7 @@ class SequenceSnapshot:
         log_beta: float32 [E].
         position: int32 [E].
         seen: tokens seen.
+        peak: the most entries ever held.
     """
 
     lengths: Tensor
@@ -90,6 +88,7 @@ class SequenceSnapshot:
     log_beta: Tensor
     position: Tensor
     seen: int
+    peak: int
 
 
 @dataclass(slots=True)
@@ -158,11 +157,14 @@ class SequenceTable:
         self.lengths[row] = 0
         return row
 
-    def close(self, row: int) -> None:
-        """End a sequence: its pages go back to the pool."""
+    def close(self, row: int, *, scrub: bool = False) -> None:
+        """End a sequence: its pages go back to the pool, zeroed if what they hold may be no numbers."""
         state = self._rows.pop(row)
         start = self.page_lists.start(row)
-        self.pool.release(self.page_lists.arena[start : start + state.pages])
+        pages = self.page_lists.arena[start : start + state.pages]
+        if scrub:
+            self.pool.scrub(pages)
+        self.pool.release(pages)
         self.page_lists.close(row)
         self._free_rows.append(row)
 
@@ -250,14 +252,12 @@ class SequenceTable:
         return StepBatch(
             segments=tuple(segments),
             num_decode=sum(segment.tokens == 1 for segment in segments),
-            rows=rows,
             lengths_before=before.view(shape),
             lengths_after=after.view(shape),
             first_page=first_page.view(shape),
             row_pages=tuple(row_pages),
             slots=(page * block + index % block).view(layers, heads, -1),
             position=(seen[segment_of_token] + nth).int(),
-            segment_of_token=segment_of_token,
         )
 
     def _add_pages(
@@ -373,6 +373,7 @@ class SequenceTable:
             log_beta=pool.log_beta.view(-1)[slots],
             position=pool.position.view(-1)[slots],
             seen=self._rows[row].seen,
+            peak=self._rows[row].peak,
         )
 
     def restore(self, snapshot: SequenceSnapshot) -> int:
@@ -380,16 +381,21 @@ class SequenceTable:
 
         Raises:
             PoolExhausted: too few pages are free. Nothing has changed then.
+            RuntimeError: all rows are in use. Nothing has changed then.
         """
         lengths = snapshot.lengths.long()[None]
         pages = -(-lengths // self.geometry.block_size)
         count, held, longest = (int(value) for value in (pages.sum(), lengths.sum(), lengths.max()))
-        fresh = self._take(count)
         row = self.open(count)
+        try:
+            fresh = self._take(count)
+        except PoolExhausted:
+            self.close(row)
+            raise
         start = self.page_lists.start(row)
         self.page_lists.arena[start : start + count] = fresh
         self.lengths[row] = snapshot.lengths
-        self._rows[row] = _Row(seen=snapshot.seen, held=held, longest=longest, pages=count, peak=held)
+        self._rows[row] = _Row(seen=snapshot.seen, held=held, longest=longest, pages=count, peak=snapshot.peak)
         slots, _ = self._slots_of(row)
         self.pool.write(slots, snapshot.key, snapshot.value, snapshot.log_beta, snapshot.position)
         return row

@@ -1,6 +1,6 @@
 """`POST /v1/chat/completions`: from the body to an answer, streamed or whole.
 
-Owns the order of things: ready, body, model, knobs, a place in the queue, tokenising, limits, submission, answer. Knows
+Owns the order of things: body, model, knobs, a place in the queue, tokenising, limits, submission, answer. Knows
 neither how a prompt is rendered nor how the engine works.
 """
 
@@ -87,7 +87,8 @@ def chat_router(context: ApiContext) -> APIRouter:
     @router.post("/v1/chat/completions", response_model=ChatCompletion, openapi_extra=_BODY)
     async def create_chat_completion(request: Request) -> Response:
         arrival = time.monotonic()
-        chat_format = context.require_chat_format()
+        chat_format = context.chat_format
+        assert chat_format is not None, "the edge lets no POST through before the service is ready"
         body = await read_body(request, max_bytes=context.settings.max_body_bytes)
         fields = parse_chat_request(body)
         answer = await _submit(context, fields, chat_format, arrival=arrival)
@@ -154,9 +155,10 @@ async def _submit(
 
 
 def _asked_tokens(fields: ChatCompletionRequest) -> AskedTokens:
+    min_tokens = fields.min_tokens or 0
     if fields.max_completion_tokens is not None:
-        return AskedTokens(field="max_completion_tokens", value=fields.max_completion_tokens)
-    return AskedTokens(field="max_tokens", value=fields.max_tokens)
+        return AskedTokens(field="max_completion_tokens", value=fields.max_completion_tokens, min_tokens=min_tokens)
+    return AskedTokens(field="max_tokens", value=fields.max_tokens, min_tokens=min_tokens)
 
 
 def _encode(chat_format: ChatFormat, fields: ChatCompletionRequest) -> list[int]:

@@ -42,19 +42,19 @@ class ApiContext:
         """Whether a request sent now would be taken, a full queue aside."""
         return self.engine.state is EngineState.READY and self.chat_format is not None
 
-    def require_chat_format(self) -> ChatFormat:
-        """The chat format of a service that is ready.
+    def check_ready(self) -> None:
+        """Turn a request away, and count it, while the service is not ready.
 
         Raises:
-            SubmitError: the model is not loaded, or the server drains.
+            SubmitError: the model or its tokenizer is not loaded, or the server drains.
         """
         if self.engine.state is not EngineState.READY:
             # The engine knows what to say, and counts the refusal; a place that it grants after all goes straight back.
             with self.engine.reserve():
                 pass
         if self.chat_format is None:
+            self.metrics.on_rejected(RejectionReason.NOT_READY)
             raise SubmitError(RejectionReason.NOT_READY, "The tokenizer is still loading; try again in a moment.")
-        return self.chat_format
 
     @property
     def served_names(self) -> tuple[str, ...]:

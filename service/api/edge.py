@@ -1,7 +1,8 @@
 """What happens to every HTTP request before and after its endpoint.
 
-Owns the request id on every answer, the last catch of an unforeseen exception, and the size limit of a body. Knows no
-endpoint. Plain ASGI: a wrapper that buffers would hide a client's departure from the streams below it.
+Owns the request id on every answer, the last catch of an unforeseen exception, the 503 of every POST until the service
+is ready, and the size limit of a body. Knows no endpoint. Plain ASGI: a wrapper that buffers would hide a client's
+departure from the streams below it.
 """
 
 from __future__ import annotations
@@ -9,13 +10,15 @@ from __future__ import annotations
 import logging
 import re
 import uuid
+from collections.abc import Callable
 from http import HTTPStatus
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.api.errors import ApiError, internal_error
+from service.api.errors import ApiError, from_submit_error, internal_error
+from service.engine.interface import SubmitError
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +59,23 @@ class RequestIdMiddleware:
                 raise
             logger.exception("unforeseen error path=%s http_request_id=%s", scope["path"], request_id)
             await internal_error().response()(scope, receive, send_with_id)
+
+
+class ReadyMiddleware:
+    """Answers every POST, whatever its path and body, with a 503 for as long as `check_ready` raises `SubmitError`."""
+
+    def __init__(self, app: ASGIApp, *, check_ready: Callable[[], None]) -> None:
+        self._app = app
+        self._check_ready = check_ready
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "POST":
+            try:
+                self._check_ready()
+            except SubmitError as error:
+                await from_submit_error(error).response()(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
 
 
 def http_request_id(request: Request) -> str:

@@ -81,6 +81,13 @@ def invalid_value(param: str, value: object, allowed: str, *, code: str = "inval
     )
 
 
+def missing_value(param: str, needed: str) -> ApiError:
+    """A 400 for a field that is not there and without which the others mean nothing."""
+    return ApiError(
+        HTTPStatus.BAD_REQUEST, f"{param} is missing: {needed}.", param=param, code="missing_required_parameter"
+    )
+
+
 def show(value: object) -> str:
     """`value` as an error message may repeat it: short, whatever a client sent."""
     try:

@@ -26,6 +26,7 @@ def health_router(context: ApiContext) -> APIRouter:
     """The routes of liveness, readiness and metrics."""
     router = APIRouter(tags=["Operation"])
 
+    @router.head("/health/live", include_in_schema=False)
     @router.get("/health/live")
     async def live() -> HealthBody:
         engine, allowed = context.engine, context.settings.watchdog_seconds
@@ -39,6 +40,8 @@ def health_router(context: ApiContext) -> APIRouter:
             )
         return HealthBody(status="alive", engine=engine.state, last_step_age_seconds=age)
 
+    @router.head("/health/ready", include_in_schema=False)
+    @router.head("/health", include_in_schema=False)
     @router.get("/health/ready")
     @router.get("/health")
     async def ready() -> HealthBody:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from service.api.errors import ApiError, invalid_value
+from service.api.errors import ApiError, invalid_value, missing_value
 from service.engine.interface import ModelInfo
 from trimkv_core.budget import MAX_BUFFER_SIZE, MAX_LOOKAHEAD_STEPS, Budget, BudgetError, Strategy
 
@@ -70,18 +70,20 @@ def resolve_budget(knobs: Knobs, info: ModelInfo, caps: Caps) -> Budget:
     Raises:
         ApiError: 400 for a knob out of range, knobs that contradict each other, or what the operator forbids.
     """
-    _check_ranges(knobs, info, caps)
     if not info.has_gates:
         _check_dense_only(knobs)
-    strategy = _strategy(knobs, info)
-    memory_size = _memory_size(knobs, info, caps) if strategy is not Strategy.DENSE else None
+        return _dense(info)
+    _check_ranges(knobs, info, caps)
+    strategy = _strategy(knobs)
+    memory_size = _memory_size(knobs, info) if strategy is not Strategy.DENSE else None
     if strategy is Strategy.FIXED_BUDGET and memory_size is None:
         strategy = Strategy.DENSE
-    if memory_size is None and info.has_gates and not caps.allow_dense:
-        raise _dense_not_allowed(knobs, strategy)
+    if memory_size is None and not caps.allow_dense:
+        raise _dense_not_allowed(knobs)
+    if strategy is Strategy.DENSE:
+        _check_nothing_to_evict_by(knobs, info)
+        return _dense(info)
     default = info.budget
-    if strategy is Strategy.DENSE:  # nothing is evicted, so the other knobs have nothing to say
-        return replace(Budget.dense(), scope=default.scope, prefill_chunk=default.prefill_chunk)
     try:
         return Budget(
             memory_size=memory_size,
@@ -97,6 +99,10 @@ def resolve_budget(knobs: Knobs, info: ModelInfo, caps: Caps) -> Budget:
         )
     except BudgetError as error:
         raise _from_budget_error(error) from error
+
+
+def _dense(info: ModelInfo) -> Budget:
+    return replace(Budget.dense(), scope=info.budget.scope, prefill_chunk=info.budget.prefill_chunk)
 
 
 def _or(value: int | None, default: int) -> int:
@@ -124,14 +130,38 @@ def _check_ranges(knobs: Knobs, info: ModelInfo, caps: Caps) -> None:
 
 
 def _check_dense_only(knobs: Knobs) -> None:
-    why = "this server has no retention gates and serves dense only: leave it out"
-    if knobs.kv_budget:
-        raise invalid_value("kv_budget", knobs.kv_budget, f"{why}, or send 0", code="no_retention_gates")
-    if knobs.kv_strategy == Strategy.THRESHOLD:
-        raise invalid_value("kv_strategy", knobs.kv_strategy, f"{why}, or send 'dense'", code="no_retention_gates")
+    """No knob of a server without gates does anything; two may say so."""
+    saying_dense: Mapping[str, int | str] = {"kv_budget": 0, "kv_strategy": Strategy.DENSE.value}
+    for field in FIELD_NAMES.values():
+        value, dense = getattr(knobs, field), saying_dense.get(field)
+        if value is not None and value != dense:
+            otherwise = "" if dense is None else f", or send {dense!r}"
+            raise invalid_value(
+                field,
+                value,
+                f"this server has no retention gates and serves dense only: leave it out{otherwise}",
+                code="no_retention_gates",
+            )
 
 
-def _strategy(knobs: Knobs, info: ModelInfo) -> Strategy:
+def _check_nothing_to_evict_by(knobs: Knobs, info: ModelInfo) -> None:
+    """A request that asks to keep everything asks for no rule of eviction; the server's own and 0 ask for nothing."""
+    if knobs.kv_strategy != Strategy.DENSE and knobs.kv_budget != 0:
+        return  # dense by the server's default, which a client need not know
+    asked = "kv_strategy 'dense'" if knobs.kv_strategy == Strategy.DENSE else "kv_budget 0"
+    default = info.budget
+    for field, value, own in (
+        ("kv_buffer", knobs.kv_buffer, default.buffer_size),
+        ("kv_min_tokens_per_head", knobs.kv_min_tokens_per_head, default.min_tokens_per_head),
+        ("kv_sliding_window", knobs.kv_sliding_window, default.sliding_window_size),
+        ("kv_sink_tokens", knobs.kv_sink_tokens, default.num_sink_tokens),
+        ("kv_lookahead", knobs.kv_lookahead, default.lookahead_steps),
+    ):
+        if value not in (None, 0, own):
+            raise invalid_value(field, value, f"{asked} keeps everything: leave it out, or ask for a budget")
+
+
+def _strategy(knobs: Knobs) -> Strategy:
     """The strategy asked for; contradictions between it, the budget and α end here."""
     asked = None if knobs.kv_strategy is None else Strategy(knobs.kv_strategy)
     if asked is Strategy.DENSE and knobs.kv_budget:
@@ -141,8 +171,8 @@ def _strategy(knobs: Knobs, info: ModelInfo) -> Strategy:
     alpha = knobs.kv_alpha_threshold
     if asked is Strategy.THRESHOLD:
         if alpha is None:
-            raise invalid_value(
-                "kv_alpha_threshold", alpha, "kv_strategy 'threshold' needs a number between 0 and 1, both excluded"
+            raise missing_value(
+                "kv_alpha_threshold", "kv_strategy 'threshold' needs a number between 0 and 1, both excluded"
             )
         if not 0.0 < alpha < 1.0:
             raise invalid_value("kv_alpha_threshold", alpha, "must be a number between 0 and 1, both excluded")
@@ -154,20 +184,17 @@ def _strategy(knobs: Knobs, info: ModelInfo) -> Strategy:
     return asked or Strategy.FIXED_BUDGET
 
 
-def _memory_size(knobs: Knobs, info: ModelInfo, caps: Caps) -> int | None:
-    """M, or None for no ceiling; the operator's cap holds for the server's own default too."""
-    if knobs.kv_budget is not None:
-        return knobs.kv_budget or None
-    default = info.budget.memory_size
-    if default is None or caps.max_kv_budget is None:
-        return default
-    return min(default, caps.max_kv_budget)
+def _memory_size(knobs: Knobs, info: ModelInfo) -> int | None:
+    """M, or None for no ceiling."""
+    return info.budget.memory_size if knobs.kv_budget is None else knobs.kv_budget or None
 
 
-def _dense_not_allowed(knobs: Knobs, strategy: Strategy) -> ApiError:
+def _dense_not_allowed(knobs: Knobs) -> ApiError:
     why = "the operator of this server does not allow requests without a budget"
     if knobs.kv_strategy == Strategy.DENSE:
         return invalid_value("kv_strategy", knobs.kv_strategy, f"{why}: use 'fixed_budget' or 'threshold'")
+    if knobs.kv_budget is None:
+        return missing_value("kv_budget", f"{why}, and has no default: send 1 or more")
     return invalid_value("kv_budget", knobs.kv_budget, f"{why}: send 1 or more")
 
 

@@ -33,10 +33,14 @@ class OutputLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AskedTokens:
-    """`max_tokens` as asked for: its value, None where a client said nothing, and the field it came in."""
+    """`max_tokens` as asked for: its value, None where a client said nothing, and the field it came in.
+
+    `min_tokens` is how long the answer has to be at least.
+    """
 
     field: str
     value: int | None
+    min_tokens: int = 0
 
 
 def resolve_max_tokens(
@@ -57,7 +61,7 @@ def resolve_max_tokens(
         )
     cap = limits.max_output_tokens
     if asked.value is None:
-        wanted = room if budget.is_bounded else min(room, limits.default_max_tokens)
+        wanted = room if budget.is_bounded else min(room, max(limits.default_max_tokens, asked.min_tokens))
         return wanted if cap is None else min(wanted, cap)
     if cap is not None and asked.value > cap:
         raise invalid_value(asked.field, asked.value, f"the operator of this server allows at most {cap}")

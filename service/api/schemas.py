@@ -8,15 +8,25 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from service.api.errors import ApiError, invalid_value, show
+from trimkv_core.budget import MAX_BUFFER_SIZE, MAX_LOOKAHEAD_STEPS
 
 logger = logging.getLogger(__name__)
 
@@ -30,9 +40,10 @@ MAX_LOGGED_FIELD_NAMES = 1000
 
 @dataclass(frozen=True, slots=True)
 class Allowed:
-    """What a field takes, in the words of an error message."""
+    """What a field takes, in the words of an error message; `item`: what each item of a list is."""
 
     text: str
+    item: str | None = None
 
 
 class Wire(BaseModel):
@@ -44,17 +55,19 @@ class Wire(BaseModel):
 class KvFields(Wire):
     """The memory-budget knobs. Their ranges depend on the model: see `service.api.knobs`."""
 
-    kv_budget: Annotated[int | None, Allowed("an integer, 0 for dense")] = None
-    kv_buffer: Annotated[int | None, Allowed("an integer")] = None
+    kv_budget: Annotated[int | None, Allowed("an integer from 0 (dense) to max_model_len")] = None
+    kv_buffer: Annotated[int | None, Allowed(f"an integer from 1 to {MAX_BUFFER_SIZE}")] = None
     kv_strategy: Annotated[
         Literal["fixed_budget", "threshold", "dense"] | None, Allowed("'fixed_budget', 'threshold' or 'dense'")
     ] = None
     kv_alpha_threshold: Annotated[float | None, Allowed("a number between 0 and 1, both excluded")] = None
-    kv_min_tokens_per_head: Annotated[int | None, Allowed("an integer")] = None
-    kv_sliding_window: Annotated[int | None, Allowed("an integer")] = None
-    kv_sink_tokens: Annotated[int | None, Allowed("an integer")] = None
-    kv_lookahead: Annotated[int | None, Allowed("an integer")] = None
-    kv_prefill_chunk: Annotated[int | None, Allowed("an integer, 0 for none before the whole prompt is in")] = None
+    kv_min_tokens_per_head: Annotated[int | None, Allowed("an integer from 0 to max_model_len")] = None
+    kv_sliding_window: Annotated[int | None, Allowed("an integer from 0 to max_model_len")] = None
+    kv_sink_tokens: Annotated[int | None, Allowed("an integer from 0 to max_model_len")] = None
+    kv_lookahead: Annotated[int | None, Allowed(f"an integer from 1 to {MAX_LOOKAHEAD_STEPS}")] = None
+    kv_prefill_chunk: Annotated[
+        int | None, Allowed("an integer from 0 (no eviction before the whole prompt is in) to max_model_len")
+    ] = None
 
 
 def _stop_strings(value: object) -> object:
@@ -84,18 +97,18 @@ class SamplingFields(Wire):
         Field(max_length=MAX_STOP_STRINGS),
         BeforeValidator(_stop_strings),
         Allowed(
-            f"a string of 1 to {MAX_STOP_CHARACTERS:,} characters, or a list of at most {MAX_STOP_STRINGS} such strings"
+            f"a string of 1 to {MAX_STOP_CHARACTERS:,} characters, or a list of at most {MAX_STOP_STRINGS} of them",
+            item=f"a string of 1 to {MAX_STOP_CHARACTERS:,} characters",
         ),
     ] = None
     stop_token_ids: Annotated[
         tuple[Annotated[int, Field(ge=0, le=MAX_TOKENS_LIMIT)], ...] | None,
         Field(max_length=MAX_STOP_TOKEN_IDS),
-        Allowed(f"a list of at most {MAX_STOP_TOKEN_IDS} token ids"),
+        Allowed(f"a list of at most {MAX_STOP_TOKEN_IDS} token ids", item="a token id, an integer of 0 or more"),
     ] = None
     include_stop_str_in_output: Annotated[bool | None, Allowed("true or false")] = None
     min_tokens: Annotated[int | None, Field(ge=0, le=MAX_TOKENS_LIMIT), Allowed("an integer of 0 or more")] = None
     ignore_eos: Annotated[bool | None, Allowed("true or false")] = None
-    max_tokens: Annotated[int | None, Field(ge=1, le=MAX_TOKENS_LIMIT), Allowed("an integer of 1 or more")] = None
     priority: Annotated[
         int | None, Field(ge=-(2**31), le=2**31 - 1), Allowed("an integer of 32 bits, lower goes first")
     ] = None
@@ -109,16 +122,23 @@ class FunctionCall(Wire):
     arguments: Annotated[str, Allowed("a string that holds a JSON object")]
 
 
+def _function_if_null(value: object) -> object:
+    return "function" if value is None else value
+
+
 class ToolCall(Wire):
     """One entry of `tool_calls` in an earlier answer."""
 
     id: Annotated[str | None, Allowed("a string")] = None
-    type: Annotated[Literal["function"], Allowed("'function'")] = "function"
+    type: Annotated[Literal["function"], BeforeValidator(_function_if_null), Allowed("'function'")] = "function"
     function: Annotated[FunctionCall, Allowed("an object with name and arguments")]
 
 
 class Message(Wire):
-    """One message of the conversation; `content` has its text parts joined already."""
+    """One message of the conversation; `content` has its text parts joined already.
+
+    An assistant may have said nothing that is content: tool calls, a refusal, reasoning that a gateway keeps elsewhere.
+    """
 
     role: Annotated[
         Literal["system", "developer", "user", "assistant", "tool"],
@@ -126,34 +146,41 @@ class Message(Wire):
     ]
     content: Annotated[str | None, Allowed("a string or a list of text parts")] = None
     name: Annotated[str | None, Allowed("a string")] = None
-    tool_calls: Annotated[tuple[ToolCall, ...] | None, Allowed("a list of tool calls")] = None
+    tool_calls: Annotated[
+        tuple[ToolCall, ...] | None, Allowed("a list of tool calls", item="an object with a function")
+    ] = None
     tool_call_id: Annotated[str | None, Allowed("a string")] = None
 
     @field_validator("content", mode="before")
     @classmethod
-    def _join_parts(cls, value: object) -> object:
+    def _join_parts(cls, value: object, info: ValidationInfo) -> object:
         if not isinstance(value, list):
             return value
-        return "\n".join(_part_text(index, part) for index, part in enumerate(value))
+        kinds = ("text", "refusal") if info.data.get("role") == "assistant" else ("text",)
+        return "\n".join(_part_text(index, part, kinds) for index, part in enumerate(value))
 
     @model_validator(mode="after")
     def _need_content(self) -> Self:
-        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+        if self.content is None and self.role != "assistant":
             raise PydanticCustomError("content", "has no content: must be a string or a list of text parts")
         return self
 
 
-def _part_text(index: int, part: object) -> str:
-    kind = part.get("type") if isinstance(part, dict) else None
-    text = part.get("text") if isinstance(part, dict) else None
-    if kind != "text":
+def _part_text(index: int, part: object, kinds: tuple[str, ...]) -> str:
+    """The text of a part of one of `kinds`, which stands under the kind's own name."""
+    fields = part if isinstance(part, dict) else {}
+    kind = fields.get("type")
+    if kind not in kinds:
         raise PydanticCustomError(
             "content_part",
-            "is a part of type {kind}, which this server cannot read: only parts of type 'text' are allowed",
-            {"index": index, "kind": show(kind)},
+            "is a part of type {kind}, which this server cannot read: only parts of type {kinds} are allowed",
+            {"index": index, "kind": show(kind), "kinds": " or ".join(map(repr, kinds))},
         )
+    text = fields.get(kind)
     if not isinstance(text, str):
-        raise PydanticCustomError("content_part", "is a text part whose 'text' is not a string", {"index": index})
+        raise PydanticCustomError(
+            "content_part", "is a {kind} part whose '{kind}' is not a string", {"index": index, "kind": kind}
+        )
     return text
 
 
@@ -170,12 +197,18 @@ class ChatCompletionRequest(SamplingFields, KvFields):
     model_config = ConfigDict(extra="allow")
 
     model: Annotated[str, Allowed("the name of a served model")]
-    messages: Annotated[tuple[Message, ...], Field(min_length=1), Allowed("a list of at least one message")]
+    messages: Annotated[
+        tuple[Message, ...],
+        Field(min_length=1),
+        Allowed("a list of at least one message", item="an object with role and content"),
+    ]
     stream: Annotated[bool | None, Allowed("true or false")] = None
     stream_options: Annotated[StreamOptions | None, Allowed("an object, and only with stream=true")] = None
     max_completion_tokens: Annotated[
         int | None, Field(ge=1, le=MAX_TOKENS_LIMIT), Allowed("an integer of 1 or more")
     ] = None
+    # Behind the field that wins over it, so that its validator knows.
+    max_tokens: Annotated[int | None, Field(ge=1, le=MAX_TOKENS_LIMIT), Allowed("an integer of 1 or more")] = None
     parallel_tool_calls: Annotated[bool | None, Allowed("true or false")] = None
 
     # Known, and not served yet: only the values that change nothing pass (see `_NEUTRAL`).
@@ -189,6 +222,11 @@ class ChatCompletionRequest(SamplingFields, KvFields):
     chat_template_kwargs: Any = None
     continue_final_message: Any = None
     add_generation_prompt: Any = None
+
+    @field_validator("max_tokens", mode="before")
+    @classmethod
+    def _yield_to_max_completion_tokens(cls, value: object, info: ValidationInfo) -> object:
+        return value if info.data.get("max_completion_tokens") is None else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,11 +251,11 @@ _NEUTRAL: Mapping[str, _Neutral] = {
 }
 
 
-def _collect_allowed() -> dict[str, str]:
+def _collect_allowed() -> dict[str, Allowed]:
     """Field name → what it takes, over all request models."""
     models = (FunctionCall, ToolCall, Message, StreamOptions, ChatCompletionRequest)
     return {
-        name: mark.text
+        name: mark
         for model in models
         for name, field in model.model_fields.items()
         for mark in field.metadata
@@ -275,21 +313,37 @@ def _from_validation_error(error: ValidationError) -> ApiError:
         return ApiError(HTTPStatus.BAD_REQUEST, f"The body is not valid JSON: {reason}.", code="invalid_json")
     if not details[0]["loc"]:
         return ApiError(HTTPStatus.BAD_REQUEST, "The body must be a JSON object.", code="invalid_json")
+    details = [detail for detail in details if not _is_aftermath(detail, details)]
     sentences = dict.fromkeys(_sentence(detail) for detail in details)
     message = " ".join(f"{sentence}." for sentence in list(sentences)[:MAX_REPORTED_ERRORS])
     code = "missing_required_parameter" if details[0]["type"] == "missing" else "invalid_value"
     return ApiError(HTTPStatus.BAD_REQUEST, message, param=_param(details[0]), code=code)
 
 
+def _is_aftermath(detail: ErrorDetails, details: Sequence[ErrorDetails]) -> bool:
+    """Whether a list only counts as too short because its items are bad, which is said of them already."""
+    depth = len(detail["loc"])
+    return detail["type"] == "too_short" and any(
+        len(other["loc"]) > depth and other["loc"][:depth] == detail["loc"] for other in details
+    )
+
+
 def _sentence(detail: ErrorDetails) -> str:
     param = _param(detail)
     if detail["type"] in ("content", "content_part"):
         return f"{param} {detail['msg']}"
-    names = [part for part in detail["loc"] if isinstance(part, str) and part in _ALLOWED]
-    allowed = _ALLOWED[names[-1]] if names else detail["msg"]
+    allowed = _allowed(detail)
     if detail["type"] == "missing":
         return f"{param} is missing: must be {allowed}"
     return f"{param}={show(detail['input'])} is not possible: must be {allowed}"
+
+
+def _allowed(detail: ErrorDetails) -> str:
+    """What the innermost known field of a location takes, or its item where the location ends in one."""
+    marks = [_ALLOWED[part] for part in detail["loc"] if isinstance(part, str) and part in _ALLOWED]
+    if not marks:
+        return detail["msg"]
+    return (isinstance(detail["loc"][-1], int) and marks[-1].item) or marks[-1].text
 
 
 def _param(detail: ErrorDetails) -> str:

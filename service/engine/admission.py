@@ -7,23 +7,9 @@ promise that an admitted request is never preempted. Knows no pages' numbers and
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
 
 from service.engine.interface import GenerationRequest, QueueSlot, RejectionReason, SubmitError
 from trimkv_core.budget import Budget, Geometry, lane_pages
-
-
-@dataclass(frozen=True, slots=True)
-class Reservation:
-    """What a request may need at worst.
-
-    Attributes:
-        pages: its own.
-        lane: pages the prefill lane keeps beside all requests.
-    """
-
-    pages: int
-    lane: int
 
 
 class AdmissionLedger:

@@ -25,6 +25,7 @@ class EngineConfig:
         max_queue_requests, max_queue_tokens: bounds of the waiting queue.
         kv_budget: default M; None: the checkpoint's trained `memory_size`; 0: dense.
         kv_buffer: default buffer.
+        max_kv_budget: the largest M a request may have, the default one included; None: no cap.
     """
 
     model: str = "embedded"
@@ -41,3 +42,4 @@ class EngineConfig:
     max_queue_tokens: int = 1_000_000
     kv_budget: int | None = None
     kv_buffer: int = 32
+    max_kv_budget: int | None = None

@@ -116,9 +116,14 @@ class EngineCore:
 
     def _admit(self) -> None:
         while (state := self.scheduler.pop_admissible()) is not None:
-            state.row = self.runner.open(state.pages)
-            state.admitted_at = time.monotonic()
             self._left_queue(state)
+            try:
+                state.row = self.runner.open(state.pages)
+            except Exception:
+                logger.exception("request %s cannot be started", state.request.request_id)
+                self._fail(state, "the engine could not start this request; it may be sent again")
+                continue
+            state.admitted_at = time.monotonic()
 
     # ---- one step ------------------------------------------------------------------------------------------------
 
@@ -142,10 +147,7 @@ class EngineCore:
         due: list[RequestState] = []
         for state in states:
             budget, row = state.request.budget, _row_of(state)
-            is_point = state.fed >= state.prompt_tokens or budget.is_prompt_eviction_point(
-                state.fed, state.prompt_tokens
-            )
-            if not is_point:
+            if not budget.is_eviction_point(state.fed, state.prompt_tokens):
                 continue
             if self.runner.table.is_due(row, budget, before=state.looked_at):
                 due.append(state)
@@ -163,7 +165,7 @@ class EngineCore:
             mine = [
                 eviction.evicted
                 for state, eviction in zip(due, evictions, strict=True)
-                if state.request.budget.strategy is strategy
+                if state.request.budget.strategy is strategy and eviction.evicted
             ]
             self._observer.on_eviction(
                 strategy=strategy.value,
@@ -180,6 +182,9 @@ class EngineCore:
         now = time.monotonic()
         gaps: list[float] = []
         for state, token in zip(states, tokens, strict=True):
+            if token is None:
+                self._fail(state, "the model's numbers overflowed for this request")
+                continue
             state.last_token = token
             state.generated += 1
             if state.last_token_at is None:
@@ -229,18 +234,18 @@ class EngineCore:
     def _fail(self, state: RequestState, message: str) -> None:
         self._dispatcher.add(state.mailbox, Failed(message=message))
         self._observer.on_finished(state.summary(FinishReason.ERROR, now=time.monotonic(), kv=None))
-        self._free(state)
+        # What a failed computation wrote may be NaN, and masking does not silence a NaN for the pages' next owner.
+        self._free(state, scrub=True)
 
-    def _free(self, state: RequestState) -> None:
+    def _free(self, state: RequestState, *, scrub: bool = False) -> None:
         del self._requests[state.request.request_id]
-        self.scheduler.remove(state)
-        if state.row is None:
+        if not self.scheduler.remove(state):
             self._left_queue(state)
             return
         self.ledger.release(state.pages)
         row, state.row = state.row, None
-        if row in self.runner.table.open_rows:
-            self.runner.close(row)
+        if row is not None and row in self.runner.table.open_rows:
+            self.runner.close(row, scrub=scrub)
 
     def _recover(self, plan: StepPlan, error: Exception) -> None:
         """Fail a broken step's requests; if its traces in memory do not add up, start over with an empty pool."""

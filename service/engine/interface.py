@@ -206,8 +206,8 @@ class EngineStats:
         pages_total, pages_free, pages_used: used + free = total.
         pages_reserved: all promises, their used part included.
         pool_bytes: memory of the pool.
-        waiting_by_reason: why the waiting wait: `capacity` (pages), `slots` (sequences), `priority`/`order` (behind
-        another). queued_prompt_tokens: prompt tokens of the waiting.
+        waiting_by_reason: why the waiting wait: `capacity` (pages), `slots` (sequences), `order` (behind another).
+        queued_prompt_tokens: prompt tokens of the waiting.
     """
 
     geometry: Geometry
@@ -248,7 +248,6 @@ class ModelInfo:
     geometry: Geometry
     budget: Budget
     trained_memory_size: int | None
-    trained_sink_tokens: int
     eos_token_ids: tuple[int, ...]
     sampling_defaults: Mapping[str, float]
     pool_pages: int

@@ -25,7 +25,7 @@ from service.generation.chat_format import ChatFormat
 from service.generation.sampler import Sampler
 from trimkv_core.attention.base import AttentionBackend
 from trimkv_core.attention.select import select_backend
-from trimkv_core.budget import Budget, Geometry, Scope
+from trimkv_core.budget import Budget, Geometry, Scope, Strategy
 from trimkv_core.checkpoint import read_config
 from trimkv_core.embedded import EMBEDDED_NAME
 from trimkv_core.models import TrimKVForCausalLM, find_gates, names_gates
@@ -123,7 +123,6 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
         geometry=geometry,
         budget=_default_budget(config, model, has_gates=gates is not None),
         trained_memory_size=model.config.memory_size if gates else None,
-        trained_sink_tokens=model.config.num_sink_tokens if gates else 0,
         eos_token_ids=_eos_token_ids(model, chat_format.tokenizer),
         sampling_defaults=_sampling_defaults(model),
         pool_pages=pages,
@@ -179,14 +178,22 @@ def _default_budget(config: EngineConfig, model: Any, *, has_gates: bool) -> Bud
         if config.kv_budget:
             raise StartupError(f"kv_budget={config.kv_budget}: a model without gates is served dense; give gates or 0")
         return Budget.dense()
+    cap, sinks = config.max_kv_budget, model.config.num_sink_tokens
+    if cap is not None and cap < sinks:
+        raise StartupError(
+            f"max_kv_budget={cap} is smaller than the {sinks} sink tokens that the gates keep in every stream: "
+            f"allow {sinks} or more"
+        )
     memory = model.config.memory_size if config.kv_budget is None else config.kv_budget
-    if not memory:
-        return Budget.dense()
+    if memory and cap is not None:
+        memory = min(memory, cap)
+    # A server that is dense by default still has defaults for the requests that name a budget.
     return Budget(
-        memory_size=memory,
+        memory_size=memory or None,
+        strategy=Strategy.FIXED_BUDGET if memory else Strategy.DENSE,
         buffer_size=config.kv_buffer,
         scope=Scope.GLOBAL if model.config.global_capacity else Scope.LOCAL,
-        num_sink_tokens=model.config.num_sink_tokens,
+        num_sink_tokens=sinks,
         prefill_chunk=config.prefill_chunk,
     )
 

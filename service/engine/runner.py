@@ -83,19 +83,15 @@ class ModelRunner:
         self._model = model
         self._backend = backend
         self._geometry = geometry
-        self._num_pages = num_pages
         self._max_num_seqs = max_num_seqs
         self._min_rows = _MIN_ROWS if model.dtype == torch.float32 and model.device.type == "cpu" else 1
-        self.table = self._build_table()
-
-    def _build_table(self) -> SequenceTable:
-        pool = PagePool(self._geometry, self._num_pages, dtype=self._model.dtype, device=self._model.device)
-        return SequenceTable(pool, self._max_num_seqs)
+        pool = PagePool(geometry, num_pages, dtype=model.dtype, device=model.device)
+        self.table = SequenceTable(pool, max_num_seqs)
 
     def rebuild(self) -> None:
-        """Start over with an empty pool; every row is gone."""
-        del self.table
-        self.table = self._build_table()
+        """Start over with an empty pool in the memory of the old one; every row is gone."""
+        self.table.pool.reset()
+        self.table = SequenceTable(self.table.pool, self._max_num_seqs)
 
     @torch.inference_mode()
     def forward(self, feeds: Sequence[Feed]) -> Tensor:
@@ -136,6 +132,6 @@ class ModelRunner:
         """Start a sequence that is promised `pages`."""
         return self.table.open(pages)
 
-    def close(self, row: int) -> None:
-        """End a sequence."""
-        self.table.close(row)
+    def close(self, row: int, *, scrub: bool = False) -> None:
+        """End a sequence, wiping what it wrote if that may be no numbers."""
+        self.table.close(row, scrub=scrub)

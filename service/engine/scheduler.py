@@ -1,7 +1,7 @@
 """What runs next: the waiting queue, the running requests, and the plan of a step.
 
-Owns the queues. `plan()` decides and changes nothing but who is admitted; the worker does what it says. First come,
-first served within a priority, and nobody overtakes the head.
+Owns the queues. `pop_admissible()` moves the head of the queue to the running if its pages can be promised; `plan()`
+decides and changes nothing. First come, first served within a priority, and nobody overtakes the head.
 """
 
 from __future__ import annotations
@@ -64,9 +64,11 @@ class Scheduler:
         state.order = (state.request.priority, next(self._arrivals))
         bisect.insort(self._waiting, state, key=lambda waiting: waiting.order)
 
-    def remove(self, state: RequestState) -> None:
-        """Take a request out, waiting or running."""
-        (self._waiting if state.row is None else self.running).remove(state)
+    def remove(self, state: RequestState) -> bool:
+        """Take a request out; whether it was running."""
+        is_running = state in self.running
+        (self.running if is_running else self._waiting).remove(state)
+        return is_running
 
     def pop_admissible(self) -> RequestState | None:
         """The head of the queue if it may start now, moved to the running and its pages promised."""
@@ -114,10 +116,17 @@ class Scheduler:
         return StepPlan(tuple(work))
 
     def _next_chunk(self, state: RequestState) -> int:
-        """Tokens up to the next eviction point, the lane's next boundary or the prompt's end."""
-        ends = [state.prompt_tokens, _next_multiple(state.fed, self._prefill_chunk)]
-        if state.request.budget.prefill_chunk:
-            ends.append(_next_multiple(state.fed, state.request.budget.prefill_chunk))
+        """Tokens up to the next eviction point or the prompt's end, in pieces the lane can take.
+
+        A chunk that the lane can take is never cut: tokens of an unfinished chunk would stay in the lane's pages. Who
+        wants larger chunks has reserved them, and is cut at multiples of the lane's size.
+        """
+        chunk = state.request.budget.prefill_chunk
+        ends = [state.prompt_tokens]
+        if chunk:
+            ends.append(_next_multiple(state.fed, chunk))
+        if not 0 < chunk <= self._prefill_chunk:
+            ends.append(_next_multiple(state.fed, self._prefill_chunk))
         return min(ends) - state.fed
 
 

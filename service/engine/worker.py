@@ -181,6 +181,7 @@ class EngineWorker:
             self._state = EngineState.FAILED
             logger.critical("the engine stopped: %s", error, exc_info=self._core is not None)
             if self._core is not None:
+                self._run_commands(self._core, wait=False)
                 self._core.fail_all("the engine stopped")
         finally:
             self._step_started = None
@@ -194,6 +195,7 @@ class EngineWorker:
             self._step_started = time.monotonic()
             core.step()
             self._step_started = None
+        self._run_commands(core, wait=False)
         core.abort_all(AbortReason.SHUTDOWN)
         core.flush()
 
@@ -220,5 +222,9 @@ class EngineWorker:
 
 def _settle(answer: Future[Result], compute: Callable[[], Result]) -> None:
     """Answer a caller on the event loop, unless it has given up waiting."""
-    if answer.set_running_or_notify_cancel():
+    if not answer.set_running_or_notify_cancel():
+        return
+    try:
         answer.set_result(compute())
+    except Exception as error:
+        answer.set_exception(error)

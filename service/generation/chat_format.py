@@ -54,7 +54,7 @@ class ToolCall(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatMessage:
-    """One message; `content` is None only beside `tool_calls`."""
+    """One message; `content` is None where an assistant said nothing that is text."""
 
     role: Role
     content: str | None

@@ -32,14 +32,6 @@ from service.generation.drawing import (
 CANDIDATES = 256
 
 
-class InvalidLogitsError(Exception):
-    """Rows without a token to choose: NaN or +inf among their logits, or nothing but -inf."""
-
-    def __init__(self, rows: Sequence[int]) -> None:
-        super().__init__(f"The model's logits are not finite in rows {list(rows)}: no token can be chosen.")
-        self.rows = tuple(rows)
-
-
 class SamplingState:
     """What sampling one request needs to know from token to token. Owned by the worker, advanced by `Sampler.sample`.
 
@@ -136,8 +128,8 @@ class Sampler:
         self._is_row_by_row = device.type == "cpu"
 
     @torch.inference_mode()
-    def sample(self, logits: Tensor, states: Sequence[SamplingState]) -> list[int]:
-        """The next token of every row; advances `states`.
+    def sample(self, logits: Tensor, states: Sequence[SamplingState]) -> list[int | None]:
+        """The next token of every row, None for one without a finite logit; advances the others' `states`.
 
         Waits for the device once, and again only for rows whose filters keep more than `CANDIDATES` tokens.
 
@@ -147,7 +139,6 @@ class Sampler:
 
         Raises:
             ValueError: the shape does not fit the states and the vocabulary.
-            InvalidLogitsError: rows without a finite logit; no token is counted in any state.
         """
         expected = (len(states), self._vocab_size)
         if tuple(logits.shape) != expected:
@@ -162,12 +153,11 @@ class Sampler:
             exact = torch.cat([self._draw_exactly(logits, states, uniform, row) for row in undecided])
             for row, token in zip(undecided, exact.tolist(), strict=True):
                 tokens[row] = token
-        invalid = [row for row, token in enumerate(tokens) if token == NOTHING]
-        if invalid:
-            raise InvalidLogitsError(invalid)
-        for state, token in zip(states, tokens, strict=True):
-            state.advance(token)
-        return tokens
+        chosen = [None if token == NOTHING else token for token in tokens]
+        for state, token in zip(states, chosen, strict=True):
+            if token is not None:
+                state.advance(token)
+        return chosen
 
     def _process(self, logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
         """Apply penalties and `min_tokens` to the few logits they mean."""

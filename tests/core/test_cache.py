@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.core.tiny import FAMILIES, load, save_base
+from tests.core.tiny import FAMILIES, load, save_base, save_random_gates
 from trimkv_core import PagedTrimKVCache, TrimKVCache, TrimKVForCausalLM, TrimKVQwen3ForCausalLM
 from trimkv_core.budget import BudgetError
 
@@ -111,6 +111,40 @@ def test_a_padded_batch_may_be_prefilled_in_chunks(qwen3: tuple[Any, Any]) -> No
     assert together.seen_tokens(1) == 8
 
 
+def test_a_chunk_of_nothing_but_padding_is_no_step(qwen3: tuple[Any, Any]) -> None:
+    _, model = qwen3
+    ids = torch.nn.functional.pad(PROMPT[:, :9], (16, 0))
+    mask = torch.nn.functional.pad(torch.ones(1, 9), (16, 0)).long()
+    padded = PagedTrimKVCache.for_model(model, memory_size=6, buffer_size=2)
+    alone = PagedTrimKVCache.for_model(model, memory_size=6, buffer_size=2)
+    with torch.inference_mode():
+        for start, stop in ((0, 8), (8, 16), (16, 25)):
+            positions = (mask[:, :stop].cumsum(1) - 1).clamp(min=0)[:, start:stop]
+            logits = model(
+                ids[:, start:stop], attention_mask=mask[:, :stop], position_ids=positions, past_key_values=padded
+            ).logits
+        expected = model(PROMPT[:, :9], past_key_values=alone).logits
+    torch.testing.assert_close(logits[0, -1], expected[0, -1])
+    assert torch.equal(padded.lengths(), alone.lengths())
+
+
+def test_a_threshold_without_a_ceiling_keeps_the_checkpoints_sinks(tmp_path: Path) -> None:
+    save_base(tmp_path / "base", "qwen3")
+    save_random_gates(tmp_path / "gates", tmp_path / "base", num_sink_tokens=3)
+    model = TrimKVForCausalLM.from_pretrained(str(tmp_path / "gates"), dtype=torch.float32)
+    cache = PagedTrimKVCache.for_model(model, memory_size=None, strategy="threshold", alpha_threshold=0.9)
+    generate(model, past_key_values=cache)
+    for layer in range(3):
+        for head in range(2):
+            assert cache.positions(layer, head)[:3].tolist() == [0, 1, 2]
+
+
+def test_flash_attention_may_be_asked_for_at_load(tmp_path: Path) -> None:
+    load(tmp_path, "qwen3")
+    model = TrimKVForCausalLM.from_pretrained(str(tmp_path / "gates"), attn_implementation="flash_attention_2")
+    assert generate(model, past_key_values=PagedTrimKVCache.for_model(model, memory_size=8))
+
+
 def test_beam_search_moves_whole_sequences(qwen3: tuple[Any, Any]) -> None:
     plain, model = qwen3
     cache = PagedTrimKVCache.for_model(model, memory_size=None)
@@ -145,7 +179,10 @@ def test_without_a_cache_the_model_is_the_plain_one(qwen3: tuple[Any, Any]) -> N
     assert generate(model, attention_mask=mask) == generate(plain, attention_mask=mask)
 
 
-def test_the_model_cards_quick_start_runs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_model_cards_quick_start_runs(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trimkv_core.models._warned_about", set())
     load(tmp_path, "qwen3")
     model = TrimKVQwen3ForCausalLM.from_pretrained(
         str(tmp_path / "gates"),
@@ -193,6 +230,7 @@ def test_a_model_without_gates_refuses_a_budget(tmp_path: Path) -> None:
         ({"num_layers": 4, "num_heads": 2}, "num_layers=4 does not fit the model, which has 3"),
         ({"num_layers": 3, "num_heads": 4}, "num_heads=4 does not fit the model, which has 2"),
         ({"num_layers": 3, "num_heads": 2, "device": "meta"}, "device='meta' does not fit"),
+        ({"num_layers": 3, "num_heads": 2, "dtype": torch.float16}, "dtype=torch.float16 does not fit"),
     ],
 )
 def test_a_cache_for_another_model_is_refused(arguments: dict[str, Any], message: str, qwen3: tuple[Any, Any]) -> None:

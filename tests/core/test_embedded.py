@@ -13,12 +13,22 @@ from pathlib import Path
 import pytest
 import torch
 from gguf import GGUFReader
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from trimkv_core import embedded
 from trimkv_core.checkpoint import read_config, read_weights
-from trimkv_core.embedded import EmbeddedModelError, cache_home, embedded_gates_path, embedded_model_path
+from trimkv_core.embedded import (
+    EmbeddedModelError,
+    cache_home,
+    embedded_config,
+    embedded_gates_path,
+    embedded_model_path,
+)
 
+SHAPE = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "max_position_embeddings", "rope_parameters", "tie_word_embeddings",
+)  # fmt: skip
 CONVERT = """
 import logging, sys
 logging.basicConfig(level=logging.INFO, stream=sys.stderr)
@@ -130,6 +140,11 @@ def test_greedy_answer_is_sensible_and_ends_by_itself(model_path: Path) -> None:
     output = model.generate(**inputs, max_new_tokens=40, do_sample=False)
     answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :])
     assert answer == "The capital of France is Paris.<|im_end|>"
+
+
+def test_the_known_config_is_the_models_own(model_path: Path) -> None:
+    known, read = embedded_config().to_dict(), AutoConfig.from_pretrained(model_path).to_dict()
+    assert {name: known[name] for name in SHAPE} == {name: read[name] for name in SHAPE}
 
 
 def test_no_file_of_the_conversion_names_a_path_of_this_machine(model_path: Path) -> None:

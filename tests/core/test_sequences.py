@@ -209,6 +209,21 @@ def test_rows_and_pool_grow_where_they_may() -> None:
     assert [table.held(row) for row in rows] == [9 * STREAMS] * 3
 
 
+def test_a_restore_without_room_changes_nothing() -> None:
+    table = build_table(pages=8, rows=2)
+    row = table.open(4)
+    table.extend([Segment(row, 4)])
+    snapshot = table.snapshot(row)
+    table.restore(snapshot)
+    with pytest.raises(RuntimeError, match="all 2 sequence rows are in use"):
+        table.restore(snapshot)
+    table.close(row)
+    table.extend([Segment(1 - row, 1)])
+    with pytest.raises(PoolExhausted):
+        table.restore(snapshot)
+    table.check_invariants()
+
+
 def test_page_lists_compact_before_they_grow() -> None:
     table = build_table(pages=200, rows=4)
     rows = [table.open(30) for _ in range(3)]

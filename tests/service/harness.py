@@ -77,11 +77,11 @@ class Engine:
         self.answers: dict[int, Answer] = {}
         close = self.core.runner.close
 
-        def close_and_remember(row: int) -> None:
+        def close_and_remember(row: int, *, scrub: bool = False) -> None:
             for answer in self.answers.values():
                 if answer.row == row:
                     answer.snapshot, answer.row = self.core.runner.table.snapshot(row), None
-            close(row)
+            close(row, scrub=scrub)
 
         self.core.runner.close = close_and_remember  # type: ignore[method-assign]
 

@@ -50,7 +50,6 @@ INFO = ModelInfo(
     geometry=GEOMETRY,
     budget=Budget(memory_size=64, num_sink_tokens=4, prefill_chunk=512),
     trained_memory_size=64,
-    trained_sink_tokens=4,
     eos_token_ids=(2,),
     sampling_defaults={"temperature": 0.5, "top_k": 20},
     pool_pages=100,

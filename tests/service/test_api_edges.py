@@ -14,7 +14,15 @@ import openai
 import pytest
 
 from service.app import create_app
-from service.engine.interface import EngineState, Event, Failed, FinishReason, GenerationRequest, RequestStats
+from service.engine.interface import (
+    EngineState,
+    Event,
+    Failed,
+    FinishReason,
+    GenerationRequest,
+    RequestStats,
+    SubmitError,
+)
 from service.metrics import Metrics
 from service.port import PortError, open_port
 from service.server import Server
@@ -224,6 +232,33 @@ def test_what_a_request_asks_for_reaches_the_engine() -> None:
     assert third.sampling.max_tokens == 995
     assert list(first.prompt_ids) == [1] * 5
     assert engine.slots_held == 0
+
+
+def test_min_tokens_lengthen_a_dense_answer_without_a_limit() -> None:
+    engine = ScriptedEngine()
+    with client_of(engine, default_max_tokens=10) as client:
+        assert client.post(CHAT, json=BODY | {"kv_budget": 0, "min_tokens": 30}).status_code == 200
+    assert engine.submitted[0].sampling.max_tokens == 30
+
+
+def test_a_request_turned_away_while_the_tokenizer_loads_is_counted() -> None:
+    app = create_app(settings=Settings(model="tiny/model"), engine=ScriptedEngine(), metrics=Metrics())
+    with pytest.raises(SubmitError):
+        app.state.context.check_ready()
+    count = app.state.context.metrics.registry.get_sample_value(
+        "trimkv_admission_rejections_total", {"reason": "not_ready"}
+    )
+    assert count == 1
+
+
+@pytest.mark.parametrize("path", ["/health", "/health/live", "/health/ready"])
+def test_a_probe_may_ask_for_the_head_alone(path: str) -> None:
+    engine = ScriptedEngine()
+    with client_of(engine) as client:
+        response = client.head(path)
+        assert (response.status_code, response.content) == (200, b"")
+        engine.state = EngineState.FAILED
+        assert client.head(path).status_code == 503
 
 
 def test_health_follows_the_engine() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -50,7 +51,7 @@ def build_engine() -> Engine:
 
 @st.composite
 def budgets(draw: st.DrawFn) -> Budget:
-    chunk = draw(st.sampled_from([0, 3, CHUNK, 20]))
+    chunk = draw(st.sampled_from([0, 3, 5, 7, CHUNK, 20]))
     memory = draw(st.integers(2, 12))
     return draw(
         st.sampled_from(
@@ -219,6 +220,41 @@ def test_a_broken_pool_is_rebuilt_and_a_second_break_within_a_minute_ends_the_en
         engine.step()
     engine._collect()
     assert isinstance(second.events[-1], Failed)
+
+
+def test_chunks_of_odd_sizes_side_by_side_stay_within_the_lane() -> None:
+    engine = build_engine()
+    for chunk in (5, 7, 3, 5):
+        engine.submit([1] * 37, Budget(memory_size=2, buffer_size=1, prefill_chunk=chunk), max_tokens=1)
+    geometry, held = engine.loaded.info.geometry, 0
+    while engine.core.scheduler.has_work:
+        engine.step()
+        running = engine.core.stats().running
+        held = max(held, sum(request.entries_physical for request in running))
+        assert held <= geometry.streams * (3 * len(running) + CHUNK)
+
+
+def test_what_is_no_number_dies_with_its_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = build_engine()
+    healthy = engine.submit([3] * 4, Budget(memory_size=4), max_tokens=12)
+    engine.step()
+    model = engine.loaded._model
+    embed = model.model.embed_tokens.forward
+
+    def overflow(ids: torch.Tensor) -> torch.Tensor:
+        return torch.where((ids == 63)[..., None], torch.inf, embed(ids))
+
+    monkeypatch.setattr(model.model.embed_tokens, "forward", overflow)
+    doomed = engine.submit([63] * 6, Budget.dense(), max_tokens=4)
+    engine.run()
+    assert isinstance(doomed.events[-1], Failed)
+    assert healthy.finished.completion_tokens == 12
+    monkeypatch.undo()
+    pool = engine.core.runner.table.pool
+    assert bool(pool.key.isfinite().all() and pool.value.isfinite().all())
+    engine.submit([5] * 6, Budget.dense(), max_tokens=4)
+    engine.run()
+    assert engine.core.stats().restarts == 0
 
 
 def test_a_request_that_can_never_fit_is_refused_with_the_numbers() -> None:

@@ -124,11 +124,12 @@ def test_until_ready_every_post_is_a_503_even_a_broken_one(
 ) -> None:
     engine.state = state
     try:
-        for content in (json.dumps(BODY).encode(), b"broken"):
-            response = client.post(CHAT, content=content)
-            assert response.status_code == 503
-            assert int(response.headers["retry-after"]) > 0
-            envelope(response)
+        for path in (CHAT, "/v1/completions", "/health", "/nowhere"):
+            for content in (json.dumps(BODY).encode(), b"broken"):
+                response = client.post(path, content=content)
+                assert response.status_code == 503
+                assert int(response.headers["retry-after"]) > 0
+                envelope(response)
     finally:
         engine.state = EngineState.READY
 

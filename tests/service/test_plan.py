@@ -90,6 +90,46 @@ def test_gates_are_counted_and_their_trained_budget_shown(model: str, tmp_path: 
     assert "96+" in rows(text)
 
 
+QWEN3_4B = CONFIG | {
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151_936,
+    "max_position_embeddings": 262_144,
+}
+
+
+def test_the_asked_budget_is_shown_in_megabytes_of_a_sequence(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_4B))
+    text = run_plan(["--model", str(tmp_path), "--memory", "80GB", "--kv-budget", "512"])
+    assert "76.7 MB after an eviction, 81.5 MB at 512 + 32" in text
+    assert "80GB (74.5 GiB)" in text
+
+
+def test_what_was_assumed_is_said(model: str) -> None:
+    arguments = ["--model", model, "--memory", "1GB"]
+    text = run_plan(arguments)
+    assert "--max-num-seqs sequences at once (default 64)" in text
+    assert "assuming bfloat16; --dtype float32 for a CPU without bf16 hardware" in text
+    assert "assuming" not in run_plan([*arguments, "--dtype", "bfloat16"])
+
+
+def test_auto_is_what_a_server_would_choose_not_what_the_weights_are_stored_in(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"dtype": "float32"}))
+    assert "bfloat16, up to" in run_plan(["--model", str(tmp_path), "--memory", "1GB"])
+
+
+def test_the_embedded_model_is_planned_without_being_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRIMKV_CACHE_HOME", str(tmp_path / "cache"))
+    text = run_plan(["--memory", "2GiB"])
+    assert text.startswith("embedded: 30 layers x 3 KV heads x 64, bfloat16, up to 8,192 tokens")
+    assert "64+" in rows(text)
+    assert not (tmp_path / "cache").exists()
+
+
 def test_float32_needs_more(model: str) -> None:
     arguments = ["--model", model, "--memory", "1GB", "--context", "4096"]
     assert counts(run_plan([*arguments, "--dtype", "float32"]), "dense") < counts(run_plan(arguments), "dense")

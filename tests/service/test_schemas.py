@@ -184,7 +184,8 @@ def test_text_parts_are_joined_and_other_parts_named() -> None:
         ({"role": "user"}, "messages[0].content"),
         ({"role": "user", "content": None}, "messages[0].content"),
         ({"role": "user", "content": 5}, "messages[0].content"),
-        ({"role": "assistant", "content": None, "tool_calls": []}, "messages[0].content"),
+        ({"role": "user", "content": [{"type": "refusal", "refusal": "no"}]}, "messages[0].content[0]"),
+        ({"role": "assistant", "content": [{"type": "refusal", "text": "no"}]}, "messages[0].content[0]"),
         (
             {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]},
             "messages[0].tool_calls[0].function.arguments",
@@ -194,6 +195,72 @@ def test_text_parts_are_joined_and_other_parts_named() -> None:
 )
 def test_a_bad_message_is_located(message: object, param: str) -> None:
     assert refused(messages=[message]).body.param == param
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"messages": ["hi"]},
+            "messages[0]='hi' is not possible: must be an object with role and content.",
+        ),
+        (
+            {"messages": [{"role": "user"}]},
+            "messages[0].content has no content: must be a string or a list of text parts.",
+        ),
+        ({"messages": []}, "messages=[] is not possible: must be a list of at least one message."),
+        (
+            {"stop_token_ids": [-1]},
+            "stop_token_ids[0]=-1 is not possible: must be a token id, an integer of 0 or more.",
+        ),
+    ],
+)
+def test_a_bad_item_is_told_what_an_item_is_and_the_list_is_not_blamed(fields: dict[str, Any], message: str) -> None:
+    assert refused(**fields).body.message == message
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"refusal": "no"}, {"reasoning": "hm"}, {"reasoning_content": "hm"}, {"tool_calls": []}, {"content": None}],
+)
+def test_an_assistant_that_said_nothing_is_part_of_a_history(fields: dict[str, Any]) -> None:
+    assert parse(messages=[{"role": "assistant"} | fields, *MESSAGES]).messages[0].content is None
+
+
+def test_a_refusal_part_of_an_assistant_is_text() -> None:
+    content = [{"type": "text", "text": "well"}, {"type": "refusal", "refusal": "no"}]
+    assert parse(messages=[{"role": "assistant", "content": content}]).messages[0].content == "well\nno"
+
+
+def test_a_tool_call_of_null_type_is_a_functions() -> None:
+    call = {"id": "1", "type": None, "function": {"name": "f", "arguments": "{}"}}
+    (message,) = parse(messages=[{"role": "assistant", "tool_calls": [call]}]).messages
+    assert message.tool_calls is not None
+    assert message.tool_calls[0].type == "function"
+    call["type"] = "custom"
+    assert (
+        refused(messages=[{"role": "assistant", "tool_calls": [call]}]).body.param == "messages[0].tool_calls[0].type"
+    )
+
+
+@pytest.mark.parametrize("ignored", [0, "many", True, 10**25])
+def test_max_tokens_is_not_looked_at_beside_max_completion_tokens(ignored: object) -> None:
+    fields = parse(max_tokens=ignored, max_completion_tokens=5)
+    assert (fields.max_tokens, fields.max_completion_tokens) == (None, 5)
+    assert refused(max_tokens=ignored, max_completion_tokens=None).body.param == "max_tokens"
+
+
+@pytest.mark.parametrize(
+    ("field", "allowed"),
+    [
+        ("kv_budget", "an integer from 0 (dense) to max_model_len"),
+        ("kv_buffer", "an integer from 1 to 4096"),
+        ("kv_lookahead", "an integer from 1 to 1024"),
+        ("kv_sink_tokens", "an integer from 0 to max_model_len"),
+    ],
+)
+def test_a_knob_of_the_wrong_type_is_told_its_range(field: str, allowed: str) -> None:
+    assert refused(**{field: "many"}).body.message == f"{field}='many' is not possible: must be {allowed}."
 
 
 def test_history_fields_of_gateways_are_tolerated() -> None:
@@ -293,27 +360,78 @@ def test_pins_beyond_the_budget_name_all_of_them() -> None:
     assert knob_error(kv_budget=3).body.param == "kv_budget"
 
 
-def test_a_server_without_gates_says_so() -> None:
-    assert budget(DENSE_INFO).strategy is Strategy.DENSE
-    assert budget(DENSE_INFO, caps=Caps(allow_dense=False), kv_budget=0).strategy is Strategy.DENSE
-    for knobs in ({"kv_budget": 64}, {"kv_strategy": "threshold", "kv_alpha_threshold": 0.5}):
-        error = knob_error(DENSE_INFO, **knobs)
-        assert "no retention gates" in error.body.message
+def test_a_server_without_gates_takes_what_asks_for_dense() -> None:
+    for knobs in ({}, {"kv_budget": 0}, {"kv_strategy": "dense"}, {"kv_budget": 0, "kv_strategy": "dense"}):
+        assert budget(DENSE_INFO, caps=Caps(allow_dense=False), **knobs).strategy is Strategy.DENSE
+
+
+@pytest.mark.parametrize(
+    ("knob", "value"),
+    [
+        ("kv_budget", 64),
+        ("kv_budget", 10**9),
+        ("kv_budget", -1),
+        ("kv_buffer", 32),
+        ("kv_buffer", 0),
+        ("kv_strategy", "threshold"),
+        ("kv_strategy", "fixed_budget"),
+        ("kv_alpha_threshold", 0.5),
+        ("kv_min_tokens_per_head", 0),
+        ("kv_sliding_window", 1),
+        ("kv_sink_tokens", 4),
+        ("kv_lookahead", 1),
+        ("kv_prefill_chunk", 512),
+    ],
+)
+def test_a_server_without_gates_says_so_to_every_knob_whatever_its_range(knob: str, value: object) -> None:
+    error = knob_error(DENSE_INFO, **{knob: value})
+    assert (error.body.param, error.body.code) == (knob, "no_retention_gates")
+    assert "no retention gates and serves dense only" in error.body.message
+
+
+@pytest.mark.parametrize("dense", [{"kv_budget": 0}, {"kv_strategy": "dense"}])
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"kv_min_tokens_per_head": 2},
+        {"kv_sliding_window": 5},
+        {"kv_sink_tokens": 1},
+        {"kv_lookahead": 16},
+        {"kv_buffer": 8},
+    ],
+)
+def test_dense_contradicts_every_rule_of_eviction(dense: dict[str, Any], knobs: dict[str, Any]) -> None:
+    assert knob_error(**dense, **knobs).body.param == next(iter(knobs))
+
+
+def test_dense_goes_with_the_servers_own_rules_and_any_chunk() -> None:
+    assert not budget(
+        kv_budget=0, kv_buffer=32, kv_min_tokens_per_head=0, kv_sliding_window=0, kv_sink_tokens=4, kv_lookahead=1,
+        kv_prefill_chunk=7,
+    ).can_evict  # fmt: skip
+    assert not budget(kv_budget=0, kv_sink_tokens=0).can_evict
+
+
+def test_a_missing_threshold_is_missing() -> None:
+    error = knob_error(kv_strategy="threshold").body
+    assert error.message.startswith("kv_alpha_threshold is missing: ")
+    assert error.code == "missing_required_parameter"
 
 
 def test_the_operators_cap_holds() -> None:
     caps = Caps(max_kv_budget=32)
     assert knob_error(caps=caps, kv_budget=33).body.param == "kv_budget"
     assert budget(caps=caps, kv_budget=32).memory_size == 32
-    assert budget(caps=caps).memory_size == 32
 
 
 # ---- limits and sampling -------------------------------------------------------------------------------------------
 
 
-def max_tokens(value: int | None, prompt: int, *, dense: bool = False, cap: int | None = None) -> int:
+def max_tokens(
+    value: int | None, prompt: int, *, dense: bool = False, cap: int | None = None, min_tokens: int = 0
+) -> int:
     return resolve_max_tokens(
-        AskedTokens(field="max_tokens", value=value),
+        AskedTokens(field="max_tokens", value=value, min_tokens=min_tokens),
         prompt_tokens=prompt,
         budget=Budget.dense() if dense else INFO.budget,
         info=INFO,
@@ -326,6 +444,12 @@ def test_without_a_limit_the_context_is_filled_under_a_budget_only() -> None:
     assert max_tokens(None, 10, cap=50) == 50
     assert max_tokens(None, 10, dense=True) == 100
     assert max_tokens(None, 950, dense=True) == 50
+
+
+def test_a_dense_answer_without_a_limit_has_room_for_its_min_tokens() -> None:
+    assert max_tokens(None, 10, dense=True, min_tokens=300) == 300
+    assert max_tokens(None, 10, dense=True, min_tokens=50) == 100
+    assert max_tokens(None, 950, dense=True, min_tokens=300) == 50
 
 
 def test_prompt_and_answer_must_fit_and_the_error_names_all_three() -> None:

@@ -15,7 +15,7 @@ from service.settings import Settings, SettingsError, build_parser, load_setting
 
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in os.environ if name.startswith("TRIMKV_")]:
+    for name in [name for name in os.environ if name.upper().startswith("TRIMKV_")]:
         monkeypatch.delenv(name)
 
 
@@ -99,6 +99,38 @@ def test_the_line_says_where_a_bad_value_came_from(tmp_path: Path, monkeypatch: 
         load_settings([])
 
 
+def test_the_environment_counts_in_any_case_for_every_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text("port: 7\n")
+    monkeypatch.setenv("trimkv_config", str(file))
+    monkeypatch.setenv("trimkv_kv_buffer", "20")
+    settings = load_settings([])
+    assert (settings.port, settings.kv_buffer, settings.config) == (7, 20, file)
+    monkeypatch.setenv("trimkv_port", "abc")
+    with pytest.raises(SettingsError, match="trimkv_port=abc"):
+        load_settings([])
+
+
+@pytest.mark.parametrize("line", ["port: true", "kv-budget: on", "drain-timeout: false", "kv-memory: yes"])
+def test_true_in_a_file_is_no_number(line: str, tmp_path: Path) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text(line)
+    with pytest.raises(SettingsError, match="is not possible: must be "):
+        load_settings(["--config", str(file)])
+
+
+@pytest.mark.parametrize("second", ["kv_memory", "kv-memory"])
+def test_a_setting_said_twice_in_a_file_is_refused(second: str, tmp_path: Path) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text(f"kv-memory: 1GiB\n{second}: 2GiB\n")
+    with pytest.raises(SettingsError, match="must say kv_memory once"):
+        load_settings(["--config", str(file)])
+
+
+def test_the_engine_is_told_of_the_cap() -> None:
+    assert load_settings(["--max-kv-budget", "32"]).engine_config().max_kv_budget == 32
+
+
 def test_settings_at_odds_are_named() -> None:
     with pytest.raises(SettingsError, match="--no-allow-dense"):
         load_settings(["--kv-budget=0", "--no-allow-dense"])
@@ -120,6 +152,13 @@ def test_booleans_and_names_have_the_forms_people_type(monkeypatch: pytest.Monke
     assert load_settings(["--allow-dense", "false"]).allow_dense is False
     assert load_settings(["--allow-dense"]).allow_dense is True
     assert load_settings(["--served-model-name", "a", "--served-model-name", "b"]).served_model_name == ("a", "b")
+    assert load_settings(["--served-model-name", "a,b", "--served-model-name", "c"]).served_model_name == (
+        "a",
+        "b",
+        "c",
+    )
+    with pytest.raises(SettingsError, match="--served-model-name"):
+        load_settings(["--served-model-name", ""])
     monkeypatch.setenv("TRIMKV_SERVED_MODEL_NAME", "c, d")
     assert load_settings([]).served_model_name == ("c", "d")
 
@@ -130,6 +169,7 @@ def test_help_names_every_setting_with_its_default() -> None:
         assert f"--{name.replace('_', '-')}" in text
         assert field.description
     assert "(default: 2GiB)" in text
+    assert "a,b" in text
 
 
 def test_a_taken_port_ends_the_command_with_a_line() -> None:

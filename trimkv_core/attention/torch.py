@@ -225,8 +225,9 @@ def _prefill(
     is_empty = place >= cached
     page = plan.arena[listed_at.masked_fill(is_empty, 0)].long()
     slots = page * plan.pool.geometry.block_size + place % plan.pool.geometry.block_size
+    # Empty places gather a page that may be somebody else's; a NaN there would outlive any mask.
     gathered = [
-        torch.cat([storage.view(-1, dim).index_select(0, slots.view(-1)).view(heads, width, dim), fresh], 1)
+        torch.cat([_gather(storage, slots).masked_fill_(is_empty[:, :, None], 0), fresh], 1)
         for storage, fresh in ((plan.pool.key, key), (plan.pool.value, value))
     ]
     mask = _chunk_mask(plan, chunk, slots, is_empty, window)
@@ -234,6 +235,12 @@ def _prefill(
         grouped, *_for_every_query_head(grouped, *gathered), attn_mask=mask[:, None], scale=scale
     )
     return mixed.permute(2, 0, 1, 3).reshape(tokens, query_heads, dim)
+
+
+def _gather(storage: Tensor, slots: Tensor) -> Tensor:
+    """[P, B, D] at slots [H, W] → [H, W, D]."""
+    dim = storage.shape[-1]
+    return storage.view(-1, dim).index_select(0, slots.view(-1)).view(*slots.shape, dim)
 
 
 def _for_every_query_head(grouped: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
