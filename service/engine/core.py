@@ -100,10 +100,9 @@ class EngineCore:
         """
         self._admit()
         plan = self.scheduler.plan()
-        if not plan.work:
-            return
         try:
-            self._run(plan)
+            if plan.work:
+                self._run(plan)
         except Exception as error:
             logger.exception("a step of %d sequences failed", len(plan.work))
             self._recover(plan, error)

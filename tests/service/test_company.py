@@ -47,7 +47,7 @@ def prompts() -> list[list[int]]:
 
 
 def submit(engine: Engine, index: int, **sampling: Any) -> Answer:
-    return engine.submit(prompts()[index], REQUESTS[index][1], max_tokens=40, **sampling)
+    return engine.submit(prompts()[index], REQUESTS[index][1], max_tokens=24, **sampling)
 
 
 def kept(answer: Answer) -> list[list[int]]:
@@ -116,12 +116,12 @@ def test_usage_adds_up_and_stays_under_the_ceiling(engine: Engine, alone: list[A
     geometry = engine.loaded.info.geometry
     for (prompt_tokens, budget), answer in zip(REQUESTS, alone, strict=True):
         kv = answer.finished.kv
-        fed = prompt_tokens + 40 - 1
+        fed = prompt_tokens + 24 - 1
         assert kv.retained_entries + kv.evicted_entries == fed * geometry.streams
         assert answer.snapshot is not None
         assert kv.retained_entries == int(answer.snapshot.lengths.sum())
         chunk = min(prompt_tokens, max(CHUNK, budget.prefill_chunk or prompt_tokens))
-        ceiling = budget.ceiling_entries(geometry.streams, total_tokens=prompt_tokens + 40, forward_tokens=chunk)
+        ceiling = budget.ceiling_entries(geometry.streams, total_tokens=prompt_tokens + 24, forward_tokens=chunk)
         assert kv.peak_entries <= ceiling
         assert kv.dense_bytes == fed * geometry.streams * geometry.kv_bytes
 
