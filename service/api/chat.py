@@ -19,23 +19,22 @@ import anyio.to_thread
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from service.api.context import ApiContext
-from service.api.edge import http_request_id, read_body
-from service.api.errors import ApiError, from_submit_error, show
-from service.api.knobs import Caps, resolve_budget
-from service.api.sampling import AskedTokens, OutputLimits, resolve_max_tokens, resolve_sampling
-from service.api.schemas import (
+from service.api.answers import (
     AnswerMessage,
     ChatCompletion,
     ChatCompletionChunk,
-    ChatCompletionRequest,
     Choice,
     ChunkChoice,
     Delta,
     KvUsageBody,
     Usage,
-    parse_chat_request,
 )
+from service.api.context import ApiContext
+from service.api.edge import http_request_id, read_body
+from service.api.errors import ApiError, from_submit_error, show
+from service.api.knobs import Caps, resolve_budget
+from service.api.sampling import AskedTokens, OutputLimits, resolve_max_tokens, resolve_sampling
+from service.api.schemas import ChatCompletionRequest, parse_chat_request
 from service.api.sse import EventStream
 from service.engine.interface import (
     Event,

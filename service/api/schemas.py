@@ -1,4 +1,4 @@
-"""The wire: what a chat completion request may hold and what its answers look like.
+"""The wire: what a chat completion request may hold.
 
 Owns types, static ranges and the sentences that a bad value earns. Knows no engine and no model: what depends on the
 loaded model (context length, budgets, vocabulary) is checked by `service.api.knobs` and `service.api.sampling`.
@@ -363,82 +363,3 @@ def _param(detail: ErrorDetails) -> str:
 
 def _plain(model: BaseModel) -> object:
     return json.loads(model.model_dump_json(exclude_none=True))
-
-
-class KvUsageBody(BaseModel):
-    """What the cache of an answer really did; see `service.engine.interface.KVUsage`."""
-
-    model_config = ConfigDict(from_attributes=True)
-
-    budget_entries: int | None
-    retained_entries: int
-    evicted_entries: int
-    peak_entries: int
-    evictions: int
-    bytes: int
-    peak_bytes: int
-    dense_bytes: int
-
-
-class Usage(BaseModel):
-    """Tokens of an answer, and its cache once it has ended."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    kv: KvUsageBody | None = None
-
-
-class AnswerMessage(BaseModel):
-    """The assistant's message."""
-
-    role: Literal["assistant"] = "assistant"
-    content: str
-    refusal: None = None
-
-
-class Choice(BaseModel):
-    """The one answer."""
-
-    index: int = 0
-    message: AnswerMessage
-    logprobs: None = None
-    finish_reason: str
-
-
-class ChatCompletion(BaseModel):
-    """The whole answer at once."""
-
-    id: str
-    object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
-    choices: tuple[Choice, ...]
-    usage: Usage
-
-
-class Delta(BaseModel):
-    """What a chunk adds; only what is set goes out."""
-
-    role: Literal["assistant"] | None = None
-    content: str | None = None
-
-
-class ChunkChoice(BaseModel):
-    """The one answer's share of a chunk."""
-
-    index: int
-    delta: Delta
-    logprobs: None
-    finish_reason: str | None
-
-
-class ChatCompletionChunk(BaseModel):
-    """One piece of a streamed answer; only what is set goes out."""
-
-    id: str
-    object: Literal["chat.completion.chunk"]
-    created: int
-    model: str
-    choices: tuple[ChunkChoice, ...]
-    usage: Usage | None = None

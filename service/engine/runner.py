@@ -7,22 +7,23 @@ Letters: S segments, T tokens, L layers, H KV heads, G query heads a KV head, V 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from service.engine.row_padding import CANDIDATES, find_stable_rows
 from trimkv_core.attention.base import AttentionBackend, PagedStep
+from trimkv_core.batches import Segment
 from trimkv_core.budget import Budget, Geometry
 from trimkv_core.overlay import LayerAttention, StepCache
 from trimkv_core.pages import PagePool
-from trimkv_core.sequences import Eviction, Segment, SequenceTable
+from trimkv_core.sequences import Eviction, SequenceTable
 
-# Matrix products pick other kernels for fewer rows, and round differently: from 8 rows on a row's numbers no longer
-# depend on how many there are. Measured with MKL on AVX2 and kept for float32, where answers are promised to be equal.
-_MIN_ROWS = 8
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +85,7 @@ class ModelRunner:
         self._backend = backend
         self._geometry = geometry
         self._max_num_seqs = max_num_seqs
-        self._min_rows = _MIN_ROWS if model.dtype == torch.float32 and model.device.type == "cpu" else 1
+        self._min_rows = _choose_min_rows(model)
         pool = PagePool(geometry, num_pages, dtype=model.dtype, device=model.device)
         self.table = SequenceTable(pool, max_num_seqs)
 
@@ -135,3 +136,14 @@ class ModelRunner:
     def close(self, row: int, *, scrub: bool = False) -> None:
         """End a sequence, wiping what it wrote if that may be no numbers."""
         self.table.close(row, scrub=scrub)
+
+
+def _choose_min_rows(model: Any) -> int:
+    """Rows a forward is padded to: in float32 on a CPU, where answers are promised to be the same alone and in
+    company."""
+    if model.dtype != torch.float32 or model.device.type != "cpu":
+        return 1
+    rows = find_stable_rows(module.weight for module in model.modules() if isinstance(module, nn.Linear))
+    if rows is None:
+        logger.warning("this CPU's matrix products depend on the batch: answers may differ in company by a rounding")
+    return rows or CANDIDATES[0]

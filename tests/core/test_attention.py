@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from trimkv_core.attention.base import PagedStep
 from trimkv_core.attention.select import select_backend
 from trimkv_core.attention.torch import TorchBackend
+from trimkv_core.batches import Segment
 from trimkv_core.budget import Budget, Geometry
 from trimkv_core.pages import PagePool
-from trimkv_core.sequences import Segment, SequenceTable
+from trimkv_core.sequences import SequenceTable
 
 LAYERS, HEADS, GROUP, DIM = 2, 3, 2, 8
 

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from tests.core.reference import Entry, kept
+from trimkv_core.batches import Segment
 from trimkv_core.budget import Budget, Geometry, Strategy
 from trimkv_core.pages import PagePool, PoolExhausted
-from trimkv_core.sequences import Segment, SequenceTable
+from trimkv_core.sequences import SequenceTable
 
 LAYERS, HEADS, DIM = 2, 2, 4
 STREAMS = LAYERS * HEADS

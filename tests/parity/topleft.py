@@ -12,7 +12,8 @@ import dataclasses
 import torch
 
 from trimkv_core.attention.torch import TorchBackend, TorchPlan
-from trimkv_core.sequences import SequenceTable, StepBatch
+from trimkv_core.batches import StepBatch
+from trimkv_core.sequences import SequenceTable
 
 
 class TopLeftBackend(TorchBackend):

@@ -13,7 +13,8 @@ from typing import Generic, TypeVar
 
 from torch import Tensor
 
-from trimkv_core.sequences import SequenceTable, StepBatch
+from trimkv_core.batches import StepBatch
+from trimkv_core.sequences import SequenceTable
 
 Plan = TypeVar("Plan")
 

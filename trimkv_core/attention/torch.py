@@ -23,8 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trimkv_core.attention.base import AttentionBackend
+from trimkv_core.batches import StepBatch
 from trimkv_core.pages import PagePool
-from trimkv_core.sequences import SequenceTable, StepBatch
+from trimkv_core.sequences import SequenceTable
 
 _MASKED = float("-inf")
 
