@@ -28,6 +28,7 @@ class PageLists:
         arena: int32 [capacity].
     """
 
+    @torch.inference_mode(False)
     def __init__(self, *, device: torch.device | str) -> None:
         self.arena = torch.zeros(0, dtype=torch.int32, device=device)
         self._regions: dict[int, _Region] = {}
@@ -70,6 +71,7 @@ class PageLists:
         self._rebuild(max(self.arena.numel(), used + capacity))
         return used
 
+    @torch.inference_mode(False)
     def _rebuild(self, size: int) -> None:
         arena = self.arena.new_zeros(size)
         start = 0

@@ -31,6 +31,8 @@ class PagePool:
         position: int32 [P, B].
     """
 
+    # The storage outlives the mode it was made in: a prefill under `inference_mode`, then `generate` without.
+    @torch.inference_mode(False)
     def __init__(
         self, geometry: Geometry, num_pages: int, *, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> None:
@@ -99,6 +101,7 @@ class PagePool:
         self._num_free = self.num_pages
         self._free.copy_(torch.arange(self.num_pages - 1, -1, -1, dtype=torch.int32, device=self.device))
 
+    @torch.inference_mode(False)
     def grow(self, num_pages: int) -> None:
         """Enlarge the pool to `num_pages`; pages keep their numbers and contents."""
         old, extra = self.num_pages, num_pages - self.num_pages
@@ -111,6 +114,7 @@ class PagePool:
         self._free = torch.cat([self._free[: self._num_free], fresh, self._free[self._num_free :]])
         self._num_free += extra
 
+    @torch.no_grad()
     def write(self, slots: Tensor, key: Tensor, value: Tensor, log_beta: Tensor | None, position: Tensor) -> None:
         """Write entries.
 

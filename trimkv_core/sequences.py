@@ -84,6 +84,7 @@ class SequenceTable:
         lengths: int32 [max_sequences, L·H].
     """
 
+    @torch.inference_mode(False)
     def __init__(self, pool: PagePool, max_sequences: int, *, can_grow: bool = False) -> None:
         self.pool = pool
         self.geometry = pool.geometry
@@ -112,14 +113,18 @@ class SequenceTable:
         if not self._free_rows:
             if not self._can_grow:
                 raise RuntimeError(f"all {self.lengths.shape[0]} sequence rows are in use")
-            count = self.lengths.shape[0]
-            self.lengths = torch.cat([self.lengths, torch.zeros_like(self.lengths)])
-            self._free_rows = list(range(2 * count - 1, count - 1, -1))
+            self._add_rows()
         row = self._free_rows.pop()
         self._rows[row] = _Row()
         self.page_lists.open(row, page_capacity)
         self.lengths[row] = 0
         return row
+
+    @torch.inference_mode(False)
+    def _add_rows(self) -> None:
+        count = self.lengths.shape[0]
+        self.lengths = torch.cat([self.lengths, torch.zeros_like(self.lengths)])
+        self._free_rows = list(range(2 * count - 1, count - 1, -1))
 
     def close(self, row: int, *, scrub: bool = False) -> None:
         """End a sequence: its pages go back to the pool, zeroed if what they hold may be no numbers."""

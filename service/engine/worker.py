@@ -6,6 +6,7 @@ Everything that touches the pool runs on the worker's thread, between steps: the
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import queue
 import threading
@@ -148,11 +149,10 @@ class EngineWorker:
             self._state = EngineState.DRAINING
             idle: Future[None] = Future()
             self._commands.put(lambda core: self._idle_waiters.append(idle))
-            try:
+            with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(timeout_seconds):
                     await asyncio.wrap_future(idle)
-            except TimeoutError:
-                self._commands.put(lambda core: core.abort_all(AbortReason.SHUTDOWN))
+        # What still runs is aborted by the worker on its way out.
         self._is_stopping = True
         self._commands.put(lambda core: None)
         # While loading, the thread only looks up once the weights are in; the process need not wait for that.

@@ -145,6 +145,23 @@ def test_flash_attention_may_be_asked_for_at_load(tmp_path: Path) -> None:
     assert generate(model, past_key_values=PagedTrimKVCache.for_model(model, memory_size=8))
 
 
+def test_a_prefill_in_inference_mode_may_be_followed_by_generate(qwen3: tuple[Any, Any]) -> None:
+    plain, model = qwen3
+    cache = PagedTrimKVCache.for_model(model, memory_size=None)
+    with torch.inference_mode():
+        model(PROMPT[:, :20], past_key_values=cache)
+    assert generate(model, past_key_values=cache) == generate(plain)
+
+
+def test_a_forward_with_gradients_leaves_no_graph_in_the_pool(qwen3: tuple[Any, Any]) -> None:
+    _, model = qwen3
+    cache = PagedTrimKVCache.for_model(model, memory_size=6, buffer_size=2)
+    for token in PROMPT[0, :12]:
+        model(token[None, None], past_key_values=cache)
+    pool = cache._open_table().pool
+    assert not any(storage.requires_grad for storage in (pool.key, pool.value, pool.log_beta))
+
+
 def test_beam_search_moves_whole_sequences(qwen3: tuple[Any, Any]) -> None:
     plain, model = qwen3
     cache = PagedTrimKVCache.for_model(model, memory_size=None)
