@@ -57,6 +57,7 @@ class Geometry:
         head_dim: D.
         block_size: B, entries a page.
         kv_itemsize: bytes of one key or value element.
+        scale_bytes: bytes of what an entry's key and value are multiplied by; 0 where nothing.
     """
 
     num_layers: int
@@ -64,6 +65,7 @@ class Geometry:
     head_dim: int
     block_size: int
     kv_itemsize: int
+    scale_bytes: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= self.block_size <= MAX_BLOCK_SIZE:
@@ -76,18 +78,21 @@ class Geometry:
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of one entry's key and value."""
-        return 2 * self.head_dim * self.kv_itemsize
+        """Bytes of one entry's key and value, and of their scales."""
+        return 2 * self.head_dim * self.kv_itemsize + self.scale_bytes
 
     @property
     def entry_bytes(self) -> int:
-        """Bytes of one entry: key, value, log β (float32) and position (int32)."""
+        """Bytes of one entry: key, value, their scales, log β (float32) and position (int32)."""
         return self.kv_bytes + 8
 
     @property
     def page_bytes(self) -> int:
-        """Bytes a page costs, its slots in the free stack and in the page lists (int32 each) included."""
-        return self.block_size * self.entry_bytes + 8
+        """Bytes a page costs, with its slots in the free stack, the page lists and the copy they are rewritten from.
+
+        The slots are int32 each. On a CPU lists are rewritten in place, and four of these bytes are to spare.
+        """
+        return self.block_size * self.entry_bytes + 12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

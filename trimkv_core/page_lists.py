@@ -25,13 +25,14 @@ class PageLists:
     """Regions of an int32 arena, one a row.
 
     Attributes:
-        arena: int32 [capacity].
+        arena: int32 [capacity]; one tensor for good if it was given a capacity.
     """
 
     @torch.inference_mode(False)
-    def __init__(self, *, device: torch.device | str) -> None:
-        self.arena = torch.zeros(0, dtype=torch.int32, device=device)
+    def __init__(self, *, device: torch.device | str, capacity: int | None = None) -> None:
+        self.arena = torch.zeros(capacity or 0, dtype=torch.int32, device=device)
         self._regions: dict[int, _Region] = {}
+        self._is_fixed = capacity is not None
 
     def start(self, row: int) -> int:
         """Where the region of `row` begins."""
@@ -54,9 +55,15 @@ class PageLists:
             return
         pages = self.arena[region.start : region.start + used].clone()
         self.close(row)
-        self.open(row, max(capacity, 2 * region.capacity))
+        # Room to spare costs nothing where the arena grows with it; in a fixed one it is another row's.
+        self.open(row, capacity if self._is_fixed else max(capacity, 2 * region.capacity))
         start = self.start(row)
         self.arena[start : start + used] = pages
+
+    def trim(self, row: int, capacity: int) -> None:
+        """Take back what the region of `row` has beyond `capacity` pages; it must not use them."""
+        region = self._regions[row]
+        region.capacity = min(region.capacity, max(capacity, 1))
 
     def _find_gap(self, capacity: int) -> int:
         """First fit between regions, at the end, or behind a compaction or a growth."""
@@ -68,6 +75,8 @@ class PageLists:
         if self.arena.numel() - end >= capacity:
             return end
         used = sum(region.capacity for region in self._regions.values())
+        if self._is_fixed and used + capacity > self.arena.numel():
+            raise RuntimeError(f"page lists of {used} + {capacity} pages do not fit {self.arena.numel()}")
         self._rebuild(max(self.arena.numel(), used + capacity))
         return used
 
@@ -79,4 +88,7 @@ class PageLists:
             arena[start : start + region.capacity] = self.arena[region.start : region.start + region.capacity]
             region.start = start
             start += region.capacity
-        self.arena = arena
+        if self._is_fixed:
+            self.arena.copy_(arena)
+        else:
+            self.arena = arena

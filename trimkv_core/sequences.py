@@ -20,7 +20,7 @@ from torch import Tensor
 from trimkv_core.batches import Segment, StepBatch
 from trimkv_core.budget import Budget
 from trimkv_core.page_lists import PageLists
-from trimkv_core.pages import InvariantError, PagePool, PoolExhausted
+from trimkv_core.pages import InvariantError, PagePool, PoolExhausted, StoredEntries
 from trimkv_core.retention import EntryView, Look, survivors
 
 
@@ -39,11 +39,12 @@ class SequenceSnapshot:
 
     Attributes:
         lengths: int32 [L·H].
-        key, value: [E, D].
+        key, value: [E, D], as they are stored.
         log_beta: float32 [E].
         position: int32 [E].
         seen: tokens seen.
         peak: the most entries ever held.
+        key_scale, value_scale: float32 [E], what 8-bit keys and values are multiplied by; None for other types.
     """
 
     lengths: Tensor
@@ -53,16 +54,18 @@ class SequenceSnapshot:
     position: Tensor
     seen: int
     peak: int
+    key_scale: Tensor | None = None
+    value_scale: Tensor | None = None
 
 
 @dataclass(slots=True)
 class _Row:
-    """The host's mirror of one sequence."""
+    """The host's mirror of one sequence; `pages` None: only the device knows."""
 
     seen: int = 0
     held: int = 0
     longest: int = 0
-    pages: int = 0
+    pages: int | None = 0
     peak: int = 0
 
 
@@ -130,7 +133,7 @@ class SequenceTable:
         """End a sequence: its pages go back to the pool, zeroed if what they hold may be no numbers."""
         state = self._rows.pop(row)
         start = self.page_lists.start(row)
-        pages = self.page_lists.arena[start : start + state.pages]
+        pages = self.page_lists.arena[start : start + self._count_pages(row, state)]
         if scrub:
             self.pool.scrub(pages)
         self.pool.release(pages)
@@ -153,7 +156,12 @@ class SequenceTable:
 
     def pages(self, row: int) -> int:
         """Pages it holds now."""
-        return self._rows[row].pages
+        return self._count_pages(row, self._rows[row])
+
+    def _count_pages(self, row: int, state: _Row) -> int:
+        if state.pages is None:
+            state.pages = int((-(-self.lengths[row] // self.geometry.block_size)).sum())
+        return state.pages
 
     def lengths_of(self, row: int) -> Tensor:
         """Entries of every stream, int32 [L, H]."""
@@ -198,8 +206,8 @@ class SequenceTable:
         before = self.lengths[rows].long()
         after = before + tokens[:, None]
         pages_before, pages_after = -(-before // block), -(-after // block)
-        row_pages: list[int] = pages_after.sum(1).tolist()
-        first_page = self._add_pages(segments, pages_before, pages_after, row_pages)
+        held_pages, row_pages = torch.stack([pages_before.sum(1), pages_after.sum(1)]).tolist()
+        first_page = self._add_pages(segments, pages_before, pages_after, held_pages, row_pages)
         self.lengths[rows] = after.int()
 
         segment_of_token = torch.repeat_interleave(
@@ -230,14 +238,18 @@ class SequenceTable:
         )
 
     def _add_pages(
-        self, segments: Sequence[Segment], pages_before: Tensor, pages_after: Tensor, row_pages: list[int]
+        self,
+        segments: Sequence[Segment],
+        pages_before: Tensor,
+        pages_after: Tensor,
+        held_pages: list[int],
+        row_pages: list[int],
     ) -> Tensor:
         """Insert fresh pages at the end of streams that need them; returns where streams begin, int64 [S, L·H]."""
-        held = sum(self._rows[segment.row].pages for segment in segments)
         total = sum(row_pages)
-        fresh = self._take(total - held)
-        for segment, pages in zip(segments, row_pages, strict=True):
-            self.page_lists.ensure(segment.row, pages, used=self._rows[segment.row].pages)
+        fresh = self._take(total - sum(held_pages))
+        for segment, held, pages in zip(segments, held_pages, row_pages, strict=True):
+            self.page_lists.ensure(segment.row, pages, used=held)
         arena = self.page_lists.arena
         base = torch.tensor([self.page_lists.start(segment.row) for segment in segments], device=arena.device)[:, None]
         first_before = base + torch.cumsum(pages_before, 1) - pages_before
@@ -317,7 +329,7 @@ class SequenceTable:
     def _drop_pages(self, rows: Sequence[int], lengths: Tensor, kept: Tensor, first_page: Tensor) -> None:
         block, arena = self.geometry.block_size, self.page_lists.arena
         pages_before, pages_after = -(-lengths // block), -(-kept // block)
-        listed = self._enumerate(pages_before, first_page, sum(self._rows[row].pages for row in rows))
+        listed = self._enumerate(pages_before, first_page, sum(self.pages(row) for row in rows))
         pages = arena[listed.listed_at]
         stays = listed.local < pages_after.view(-1)[listed.stream]
         first_after = self._first_pages(rows, kept).view(-1)[listed.stream] + listed.local
@@ -334,13 +346,15 @@ class SequenceTable:
     def snapshot(self, row: int) -> SequenceSnapshot:
         """Copy a sequence out of the pool."""
         slots, lengths = self._slots_of(row)
-        pool = self.pool
+        entries = self.pool.load(slots)
         return SequenceSnapshot(
             lengths=lengths.int(),
-            key=pool.key.view(-1, pool.key.shape[-1])[slots],
-            value=pool.value.view(-1, pool.value.shape[-1])[slots],
-            log_beta=pool.log_beta.view(-1)[slots],
-            position=pool.position.view(-1)[slots],
+            key=entries.key,
+            value=entries.value,
+            key_scale=entries.key_scale,
+            value_scale=entries.value_scale,
+            log_beta=entries.log_beta,
+            position=entries.position,
             seen=self._rows[row].seen,
             peak=self._rows[row].peak,
         )
@@ -366,7 +380,15 @@ class SequenceTable:
         self.lengths[row] = snapshot.lengths
         self._rows[row] = _Row(seen=snapshot.seen, held=held, longest=longest, pages=count, peak=snapshot.peak)
         slots, _ = self._slots_of(row)
-        self.pool.write(slots, snapshot.key, snapshot.value, snapshot.log_beta, snapshot.position)
+        entries = StoredEntries(
+            key=snapshot.key,
+            value=snapshot.value,
+            key_scale=snapshot.key_scale,
+            value_scale=snapshot.value_scale,
+            log_beta=snapshot.log_beta,
+            position=snapshot.position,
+        )
+        self.pool.store(slots, entries)
         return row
 
     def check_invariants(self) -> None:
@@ -379,12 +401,12 @@ class SequenceTable:
         for row, state in self._rows.items():
             lengths = self.lengths[row].long()
             pages = int((-(-lengths // self.geometry.block_size)).sum())
-            if int(lengths.min()) < 0 or int(lengths.sum()) != state.held or pages != state.pages:
+            if int(lengths.min()) < 0 or int(lengths.sum()) != state.held or pages != self._count_pages(row, state):
                 raise InvariantError(
                     f"row {row}: lengths hold {int(lengths.sum())} entries in {pages} pages, "
                     f"the host counts {state.held} in {state.pages}"
                 )
             start = self.page_lists.start(row)
-            held.append(self.page_lists.arena[start : start + state.pages])
+            held.append(self.page_lists.arena[start : start + pages])
         empty = self.page_lists.arena[:0]
         self.pool.check_invariants(torch.cat(held) if held else empty)

@@ -9,7 +9,7 @@ Letters: S segments, L layers, H KV heads, G query heads a KV head, T tokens of 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -62,6 +62,23 @@ class AttentionBackend(ABC, Generic[Plan]):
         Returns:
             [T, H·G, D], the query's dtype.
         """
+
+
+class LayerStep(Protocol):
+    """What a decoder's layers are handed: one step's way to the pages."""
+
+    def layer(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        log_beta: Tensor | None,
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
+        """Write one layer's entries, then attend; shapes as in `AttentionBackend`."""
 
 
 class PagedStep(Generic[Plan]):

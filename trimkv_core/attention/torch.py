@@ -24,6 +24,7 @@ from torch import Tensor
 
 from trimkv_core.attention.base import AttentionBackend
 from trimkv_core.batches import StepBatch
+from trimkv_core.fp8 import FP8, dequantise, gather_pages, gather_slots, quantise
 from trimkv_core.pages import PagePool
 from trimkv_core.sequences import SequenceTable
 
@@ -91,7 +92,7 @@ class TorchBackend(AttentionBackend[TorchPlan]):
     def plan(self, table: SequenceTable, batch: StepBatch) -> TorchPlan:
         chunks = _plan_chunks(batch)
         longest = max((chunk.stop - chunk.start for chunk in chunks), default=0)
-        causal = torch.full((longest, longest), _MASKED, device=table.pool.device, dtype=table.pool.dtype).triu(1)
+        causal = torch.full((longest, longest), _MASKED, device=table.pool.device, dtype=torch.float32).triu(1)
         # Slots, head after head: the order in which a layer's keys are laid out for writing.
         return TorchPlan(
             pool=table.pool,
@@ -127,6 +128,9 @@ class TorchBackend(AttentionBackend[TorchPlan]):
         parts = []
         if plan.tiles is not None:
             parts.append(_decode(plan.pool, plan.tiles, layer, query[: plan.num_decode], scale=scale, window=window))
+        if plan.chunks and plan.pool.dtype == FP8:
+            # A chunk attends to its own entries as they are stored: where it is cut changes no number.
+            key, value = (dequantise(*quantise(states), query.dtype) for states in (key, value))
         for chunk in plan.chunks:
             own = slice(chunk.start, chunk.stop)
             parts.append(_prefill(plan, chunk, layer, (query[own], key[own], value[own]), scale=scale, window=window))
@@ -188,12 +192,13 @@ def _decode(
         bias = bias.masked_fill((pool.position[page] <= oldest[:, None])[:, None], _MASKED)
     heads = pool.geometry.num_heads
     by_stream = (query * scale).reshape(rows * heads, query_heads // heads, dim)
-    logits = torch.bmm(by_stream.index_select(0, owner), pool.key.index_select(0, page).transpose(1, 2))
-    logits = logits.float() + bias
+    key = gather_pages(pool.key, pool.key_scale, page, query.dtype)
+    logits = torch.bmm(by_stream.index_select(0, owner), key.transpose(1, 2)).float() + bias
     best = logits.new_full(by_stream.shape[:2], torch.finfo(torch.float32).min)
     best.scatter_reduce_(0, owner[:, None].expand(-1, best.shape[1]), logits.amax(-1), "amax")
     weights = torch.exp(logits - best.index_select(0, owner)[:, :, None])
-    mixed = torch.bmm(weights.to(pool.dtype), pool.value.index_select(0, page))
+    value = gather_pages(pool.value, pool.value_scale, page, query.dtype)
+    mixed = torch.bmm(weights.to(value.dtype), value)
     numerator = torch.zeros(by_stream.shape, device=query.device).index_add_(0, owner, mixed.float())
     denominator = torch.zeros_like(best).index_add_(0, owner, weights.sum(-1))
     return (numerator / denominator[:, :, None]).to(query.dtype).view(rows, query_heads, dim)
@@ -227,21 +232,16 @@ def _prefill(
     page = plan.arena[listed_at.masked_fill(is_empty, 0)].long()
     slots = page * plan.pool.geometry.block_size + place % plan.pool.geometry.block_size
     # Empty places gather a page that may be somebody else's; a NaN there would outlive any mask.
-    gathered = [
-        torch.cat([_gather(storage, slots).masked_fill_(is_empty[:, :, None], 0), fresh], 1)
-        for storage, fresh in ((plan.pool.key, key), (plan.pool.value, value))
-    ]
-    mask = _chunk_mask(plan, chunk, slots, is_empty, window)
+    pool = plan.pool
+    gathered = []
+    for storage, scales, fresh in ((pool.key, pool.key_scale, key), (pool.value, pool.value_scale, value)):
+        held = gather_slots(storage, scales, slots.view(-1), query.dtype).view(*slots.shape, dim)
+        gathered.append(torch.cat([held.masked_fill_(is_empty[:, :, None], 0), fresh], 1))
+    mask = _chunk_mask(plan, chunk, slots, is_empty, window=window, dtype=query.dtype)
     mixed = F.scaled_dot_product_attention(
         grouped, *_for_every_query_head(grouped, *gathered), attn_mask=mask[:, None], scale=scale
     )
     return mixed.permute(2, 0, 1, 3).reshape(tokens, query_heads, dim)
-
-
-def _gather(storage: Tensor, slots: Tensor) -> Tensor:
-    """[P, B, D] at slots [H, W] → [H, W, D]."""
-    dim = storage.shape[-1]
-    return storage.view(-1, dim).index_select(0, slots.view(-1)).view(*slots.shape, dim)
 
 
 def _for_every_query_head(grouped: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -249,13 +249,21 @@ def _for_every_query_head(grouped: Tensor, key: Tensor, value: Tensor) -> tuple[
     return key[:, None].expand(-1, group, -1, -1), value[:, None].expand(-1, group, -1, -1)
 
 
-def _chunk_mask(plan: TorchPlan, chunk: _PrefillChunk, slots: Tensor, is_empty: Tensor, window: int | None) -> Tensor:
+def _chunk_mask(
+    plan: TorchPlan,
+    chunk: _PrefillChunk,
+    slots: Tensor,
+    is_empty: Tensor,
+    *,
+    window: int | None,
+    dtype: torch.dtype,
+) -> Tensor:
     """Additive mask [H, T, cached + T]: held entries to the left, the chunk itself, causally, to the right."""
     heads, width = slots.shape
     tokens = chunk.stop - chunk.start
     if plan.causal is None:
         raise RuntimeError("a plan with prefill chunks has a causal mask")
-    mask = plan.causal.new_zeros(heads, tokens, width + tokens)
+    mask = plan.causal.new_zeros(heads, tokens, width + tokens, dtype=dtype)
     mask[:, :, :width].masked_fill_(is_empty[:, None], _MASKED)
     mask[:, :, width:] = plan.causal[:tokens, :tokens]
     if window is not None:
