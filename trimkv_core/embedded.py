@@ -11,7 +11,6 @@ import hashlib
 import importlib.util
 import json
 import logging
-import os
 import shutil
 import tempfile
 import time
@@ -22,6 +21,8 @@ import torch
 from filelock import FileLock
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from trimkv_core.cache_home import cache_home
 
 logger = logging.getLogger(__name__)
 
@@ -91,14 +92,6 @@ def embedded_model_path() -> Path:
             "machine that can be written and has 600 MB free"
         ) from error
     return folder
-
-
-def cache_home() -> Path:
-    """Where converted models lie: $TRIMKV_CACHE_HOME, else $XDG_CACHE_HOME/trimkv, else ~/.cache/trimkv."""
-    own, shared = os.environ.get("TRIMKV_CACHE_HOME"), os.environ.get("XDG_CACHE_HOME")
-    if own:
-        return Path(own).expanduser().absolute()
-    return (Path(shared).absolute() if shared else Path.home() / ".cache") / "trimkv"
 
 
 def _find_source() -> Path:

@@ -50,14 +50,15 @@ class RetentionGate(nn.Module):
     scores of a gate with a large bias tie.
     """
 
+    linear1: nn.Linear
     bias: nn.Parameter
 
     def last_projection(self) -> nn.Linear:
         """The layer that may be shared over all layers of a model, float32."""
         raise NotImplementedError
 
-    def features(self, hidden: Tensor) -> Tensor:
-        """The last projection's input [..., I], in the model's dtype."""
+    def features(self, first: Tensor) -> Tensor:
+        """The last projection's input from the first layer's output: [..., I] both, in the model's dtype."""
         raise NotImplementedError
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -69,7 +70,11 @@ class RetentionGate(nn.Module):
         Returns:
             float32 [..., H], at most 0.
         """
-        projected = F.linear(self.features(hidden).float(), self.last_projection().weight.float(), self.bias.float())
+        return self.from_first_layer(self.linear1(hidden))
+
+    def from_first_layer(self, first: Tensor) -> Tensor:
+        """As `forward`, from the output of `linear1`: [..., I]. Who has it from a larger product starts here."""
+        projected = F.linear(self.features(first).float(), self.last_projection().weight.float(), self.bias.float())
         return F.logsigmoid(projected)
 
 
@@ -85,8 +90,8 @@ class SingleLayerGate(RetentionGate):
     def last_projection(self) -> nn.Linear:
         return self.linear2
 
-    def features(self, hidden: Tensor) -> Tensor:
-        return F.silu(self.linear1(hidden))
+    def features(self, first: Tensor) -> Tensor:
+        return F.silu(first)
 
 
 class TwoLayerGate(RetentionGate):
@@ -102,8 +107,8 @@ class TwoLayerGate(RetentionGate):
     def last_projection(self) -> nn.Linear:
         return self.linear3
 
-    def features(self, hidden: Tensor) -> Tensor:
-        return F.silu(self.linear2(F.silu(self.linear1(hidden))))
+    def features(self, first: Tensor) -> Tensor:
+        return F.silu(self.linear2(F.silu(first)))
 
 
 def build_gates(shape: GateShape, *, device: torch.device | str = "cpu", dtype: torch.dtype) -> list[RetentionGate]:

@@ -16,10 +16,10 @@ from gguf import GGUFReader
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from trimkv_core import embedded
+from trimkv_core.cache_home import cache_home
 from trimkv_core.checkpoint import read_config, read_weights
 from trimkv_core.embedded import (
     EmbeddedModelError,
-    cache_home,
     embedded_config,
     embedded_gates_path,
     embedded_model_path,
