@@ -8,6 +8,7 @@ import pytest
 from service import cli
 from service.plan import PlanError, plan_row, run_plan
 from trimkv_core.budget import Budget, Geometry, lane_pages
+from trimkv_core.byte_ledger import CARDS
 
 CONFIG = {
     "model_type": "qwen3",
@@ -152,6 +153,87 @@ def test_a_model_that_cannot_be_had_is_one_line_and_a_status(
     assert cli.main(["plan", "--model", "nobody/nothing", "--memory", "1GB"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("trimkv-serve: --model=nobody/nothing cannot be read")
+
+
+def limits(text: str) -> dict[str, list[str]]:
+    """Cells of the table of limits by their first word; dense ones by their context too."""
+    block = next(block for block in text.split("\n\n") if block.startswith("Decode limit"))
+    found = {}
+    for line in block.splitlines()[2:-1]:
+        cells, _, context = line.partition("  at ")
+        name, *rates = cells.split()
+        found[f"{name} {context}".strip()] = rates
+    return found
+
+
+def test_a_cards_bandwidth_limits_are_those_of_the_byte_ledger(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_4B))
+    text = run_plan(["--model", str(tmp_path), "--memory", "141GB", "--bandwidth", "4.3 TB/s"])
+    assert "(4.3 TB/s):" in text
+    found = limits(text)
+    assert set(found) == {"64", "128", "256", "512", "1024", "2048"} | {
+        f"dense {context} tokens" for context in ("4,096", "32,768", "131,072")
+    }
+    one, four = float(found["512"][0]), float(found["1024"][1].replace(",", ""))
+    assert one == pytest.approx(540, rel=0.03)
+    assert four == pytest.approx(2000, rel=0.02)
+
+
+def test_batches_that_do_not_fit_have_no_limit(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_4B))
+    text = run_plan(["--model", str(tmp_path), "--card", "h100"])
+    assert text.splitlines()[1].startswith("H100: 80GB (74.5 GiB)")
+    assert "H100, 3.35 TB/s as published" in text
+    found = limits(text)
+    assert found["dense 131,072 tokens"][1:] == ["-", "-", "-"]
+    assert "-" not in found["512"]
+    assert counts(text, "dense")[-1] < 4
+
+
+def test_what_is_given_wins_over_the_card(model: str) -> None:
+    text = run_plan(["--model", model, "--card", "L4", "--memory", "1GB", "--bandwidth", "250GB/s"])
+    assert "1GB (" in text
+    assert "(250 GB/s):" in text
+    assert "as published" not in text
+
+
+def test_without_a_bandwidth_there_are_no_limits(model: str) -> None:
+    assert "Decode limit" not in run_plan(["--model", model, "--memory", "1GB"])
+
+
+def test_gates_are_read_in_every_step_too(model: str, tmp_path: Path) -> None:
+    gates = tmp_path / "gates"
+    gates.mkdir()
+    (gates / "config.json").write_text(json.dumps(GATES | {"retention_gate_intermediate_size": 512}))
+    arguments = ["--model", model, "--card", "H200"]
+    plain, gated = (limits(run_plan([*arguments, *extra])) for extra in ([], ["--gates", str(gates)]))
+    assert int(gated["512"][0].replace(",", "")) < 0.9 * int(plain["512"][0].replace(",", ""))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        ([], "give --memory, such as --memory 80GB, or --card"),
+        (["--bandwidth", "1TB/s"], "give --memory"),
+        (["--card", "H1000"], "'H1000' is unknown: use one of"),
+        (["--card", "H100", "--bandwidth", "3.35"], "'3.35' is not a bandwidth such as 4.3TB/s"),
+        (["--card", "H100", "--bandwidth", "0GB/s"], "is not a bandwidth"),
+    ],
+)
+def test_cards_and_bandwidths_that_are_none_are_one_line(
+    arguments: list[str], part: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run_plan(arguments)
+    assert caught.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert part in line
+
+
+def test_an_unknown_card_is_told_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run_plan(["--card", "abacus"])
+    assert ", ".join(CARDS) in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [[], ["--memory", "8XB"], ["--memory", "1GB", "--kv-buffer", "0"]])
