@@ -16,6 +16,7 @@ class EngineConfig:
         dtype: `auto`, `float32`, `bfloat16` or `float16`.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, …
         backend: attention backend, `auto` or one that `trimkv_core.attention.select` knows.
+        enforce_eager: no captured decode steps on a GPU, none that run ahead of the host.
         kv_memory_bytes: memory of the page pool.
         block_size: entries a page.
         max_num_seqs: sequences running at once.
@@ -33,6 +34,7 @@ class EngineConfig:
     dtype: str = "auto"
     device: str = "auto"
     backend: str = "auto"
+    enforce_eager: bool = False
     kv_memory_bytes: int = 2 << 30
     block_size: int = 16
     max_num_seqs: int = 64

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from service.engine.admission import AdmissionLedger
+from service.engine.figures import engine_stats, row_of, usage_of
 from service.engine.interface import (
     AbortReason,
     EngineObserver,
@@ -21,12 +23,11 @@ from service.engine.interface import (
     Finished,
     FinishReason,
     KVUsage,
-    RequestStats,
     TextDelta,
 )
 from service.engine.mailbox import Dispatcher
 from service.engine.request import RequestState
-from service.engine.runner import Feed, ModelRunner
+from service.engine.runner import Feed, ModelRunner, TokensInFlight
 from service.engine.scheduler import Scheduler, StepPlan
 from service.generation.sampler import Sampler
 from trimkv_core.budget import Budget
@@ -35,6 +36,21 @@ from trimkv_core.pages import InvariantError
 logger = logging.getLogger(__name__)
 
 _RESTART_WINDOW_SECONDS = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class StepInFlight:
+    """A decode step whose tokens the host has not read yet.
+
+    Attributes:
+        states: its requests.
+        tokens: theirs, in order; below 0 for one whose numbers overflowed.
+        usage: by request id, what the caches held right after it.
+    """
+
+    states: tuple[RequestState, ...]
+    tokens: TokensInFlight
+    usage: Mapping[str, KVUsage]
 
 
 class EngineBroken(RuntimeError):
@@ -69,6 +85,7 @@ class EngineCore:
         self._observer = observer
         self._left_queue = left_queue
         self._requests: dict[str, RequestState] = {}
+        self._in_flight: StepInFlight | None = None
         self._restarts = 0
         self._restarted_at = float("-inf")
 
@@ -101,7 +118,12 @@ class EngineCore:
         self._admit()
         plan = self.scheduler.plan()
         try:
-            if plan.work:
+            if self._in_flight is not None and not self._can_run_ahead(plan):
+                self._settle()
+                plan = self.scheduler.plan()
+            if self._can_run_ahead(plan):
+                self._run_ahead(plan)
+            elif plan.work:
                 self._run(plan)
         except Exception as error:
             logger.exception("a step of %d sequences failed", len(plan.work))
@@ -142,10 +164,70 @@ class EngineCore:
             decode_sequences=len(plan.work) - len(prefill),
         )
 
+    def _can_run_ahead(self, plan: StepPlan) -> bool:
+        """Whether a step can be launched before the tokens of the one before are known to the host."""
+        ahead = self.runner.ahead
+        return (
+            ahead is not None
+            and bool(plan.work)
+            and all(not state.is_prefilling and ahead.can_choose(state.sampling) for state in plan.states)
+        )
+
+    def _run_ahead(self, plan: StepPlan) -> None:
+        """Launch a step, then hand out the tokens of the one before while the device computes.
+
+        A sequence whose answer ends with a token still unread is fed once more: its promise covers that entry, and what
+        it gives is dropped. One that has all the tokens it may have is not.
+        """
+        ahead = self.runner.ahead
+        if ahead is None:
+            raise RuntimeError("this runner has no steps that run ahead")
+        started = time.monotonic()
+        waiting = {} if self._in_flight is None else self._in_flight.usage
+        states = [
+            state
+            for state in plan.states
+            if state.generated + (state.request.request_id in waiting) < state.request.sampling.max_tokens
+        ]
+        launched = None
+        if states:
+            fresh = [state for state in states if state.request.request_id not in waiting]
+            ahead.set_last_tokens([row_of(state) for state in fresh], [state.last_token for state in fresh])
+            tokens = ahead.launch([row_of(state) for state in states], [state.sampling for state in states])
+            for state in states:
+                state.fed += 1
+            self._evict(states)
+            usage = {state.request.request_id: self._usage(state) for state in states}
+            launched = StepInFlight(tuple(states), tokens, usage)
+        self._settle()
+        self._in_flight = launched
+        self._observer.on_step(
+            duration_seconds=time.monotonic() - started,
+            prefill_tokens=0,
+            prefill_sequences=0,
+            decode_sequences=len(states),
+        )
+
+    def _settle(self) -> None:
+        """Hand out the tokens of the step in flight."""
+        step, self._in_flight = self._in_flight, None
+        if step is None:
+            return
+        pairs = [
+            (state, None if token < 0 else token)
+            for state, token in zip(step.states, step.tokens.wait(), strict=True)
+            # Others have ended since: by a token before, or aborted.
+            if state.request.request_id in self._requests
+        ]
+        for state, token in pairs:
+            if token is not None:
+                state.sampling.advance(token)
+        self._hand_out(pairs, step.usage)
+
     def _evict(self, states: Sequence[RequestState]) -> None:
         due: list[RequestState] = []
         for state in states:
-            budget, row = state.request.budget, _row_of(state)
+            budget, row = state.request.budget, row_of(state)
             if not budget.is_eviction_point(state.fed, state.prompt_tokens):
                 continue
             if self.runner.table.is_due(row, budget, before=state.looked_at):
@@ -154,7 +236,7 @@ class EngineCore:
         if not due:
             return
         started = time.monotonic()
-        work: list[tuple[int, Budget]] = [(_row_of(state), state.request.budget) for state in due]
+        work: list[tuple[int, Budget]] = [(row_of(state), state.request.budget) for state in due]
         evictions = self.runner.evict(work)
         seconds = time.monotonic() - started
         for state, eviction in zip(due, evictions, strict=True):
@@ -178,9 +260,16 @@ class EngineCore:
         if not states:
             return
         tokens = self._sampler.sample(logits, [state.sampling for state in states])
+        self._hand_out(list(zip(states, tokens, strict=True)), {})
+
+    def _hand_out(self, pairs: Sequence[tuple[RequestState, int | None]], usage: Mapping[str, KVUsage]) -> None:
+        """Give each request its token, None for one that could not be chosen.
+
+        `usage`: what caches held after their own step, where another has been launched since.
+        """
         now = time.monotonic()
         gaps: list[float] = []
-        for state, token in zip(states, tokens, strict=True):
+        for state, token in pairs:
             if token is None:
                 self._fail(state, "the model's numbers overflowed for this request")
                 continue
@@ -195,7 +284,8 @@ class EngineCore:
             state.last_token_at = now
             progress = state.answer.push(token)
             if progress.finish_reason is not None:
-                self._end(state, progress.finish_reason, text=progress.text, token_ids=(token,))
+                kv = usage.get(state.request.request_id)
+                self._end(state, progress.finish_reason, text=progress.text, token_ids=(token,), kv=kv)
             else:
                 delta = TextDelta(
                     text=progress.text,
@@ -216,8 +306,9 @@ class EngineCore:
         text: str,
         token_ids: tuple[int, ...],
         abort_reason: AbortReason | None = None,
+        kv: KVUsage | None = None,
     ) -> None:
-        kv = self._usage(state)
+        kv = kv or self._usage(state)
         self._free(state)
         finished = Finished(
             text=text,
@@ -251,8 +342,11 @@ class EngineCore:
         if _is_device_error(error):
             self.fail_all(f"the device failed: {error}")
             raise EngineBroken(f"the device failed: {error}") from error
+        in_flight, self._in_flight = self._in_flight, None
         try:
-            for state in plan.states:
+            for state in {
+                id(state): state for state in (*plan.states, *(in_flight.states if in_flight else ()))
+            }.values():
                 if state.row is not None:
                     self._fail(state, "the engine failed while computing this answer; it may be sent again")
             self.runner.table.check_invariants()
@@ -278,6 +372,7 @@ class EngineCore:
             self._dispatcher.add(state.mailbox, Failed(message=message))
             self._observer.on_finished(state.summary(FinishReason.ERROR, now=time.monotonic(), kv=None))
         self._requests.clear()
+        self._in_flight = None
         self.scheduler.running.clear()
         self.scheduler.waiting.clear()
         self._dispatcher.flush()
@@ -285,71 +380,18 @@ class EngineCore:
     # ---- figures -------------------------------------------------------------------------------------------------
 
     def _usage(self, state: RequestState) -> KVUsage:
-        geometry, table = self.ledger.geometry, self.runner.table
-        held = 0 if state.row is None else table.held(state.row)
-        peak = 0 if state.row is None else table.peak(state.row)
-        budget = state.request.budget
-        return KVUsage(
-            budget_entries=None if budget.memory_size is None else budget.memory_size * geometry.streams,
-            retained_entries=held,
-            evicted_entries=state.evicted_entries,
-            peak_entries=peak,
-            evictions=state.evictions,
-            bytes=held * geometry.entry_bytes,
-            peak_bytes=peak * geometry.entry_bytes,
-            dense_bytes=state.fed * geometry.streams * geometry.kv_bytes,
-        )
+        return usage_of(state, self.runner.table)
 
     def stats(self) -> EngineStats:
         """The pool, the queue and every running request."""
-        geometry, table, pool = self.ledger.geometry, self.runner.table, self.runner.table.pool
-        running = [state for state in self.scheduler.running if state.row is not None]
-        layers = table.layer_entries([_row_of(state) for state in running]) if running else []
-        return EngineStats(
-            geometry=geometry,
-            pages_total=pool.num_pages,
-            pages_free=pool.num_free,
-            pages_used=pool.num_used,
-            pages_reserved=self.ledger.reserved + (self.ledger.lane if running else 0),
-            pool_bytes=pool.num_bytes,
-            running=tuple(self._request_stats(state, per) for state, per in zip(running, layers, strict=True)),
-            waiting=len(self.scheduler.waiting),
-            waiting_by_reason=self.scheduler.waiting_by_reason(),
-            queued_prompt_tokens=sum(state.prompt_tokens for state in self.scheduler.waiting),
-            restarts=self._restarts,
-        )
-
-    def _request_stats(self, state: RequestState, layer_entries: list[int]) -> RequestStats:
-        row, table = _row_of(state), self.runner.table
-        return RequestStats(
-            request_id=state.request.request_id,
-            phase="prefill" if state.is_prefilling else "decode",
-            prompt_tokens=state.prompt_tokens,
-            completion_tokens=state.generated,
-            seen_tokens=table.seen(row),
-            budget=state.request.budget,
-            entries_logical=table.seen(row) * self.ledger.geometry.streams,
-            entries_physical=table.held(row),
-            layer_entries=tuple(layer_entries),
-            pages_used=table.pages(row),
-            pages_reserved=state.pages,
-            evictions=state.evictions,
-            evicted_entries=state.evicted_entries,
-            peak_entries=table.peak(row),
-        )
-
-
-def _row_of(state: RequestState) -> int:
-    if state.row is None:
-        raise RuntimeError(f"request {state.request.request_id} is not admitted")
-    return state.row
+        return engine_stats(self.runner.table, self.ledger, self.scheduler, restarts=self._restarts)
 
 
 def _feed_of(state: RequestState, tokens: int) -> Feed:
     end = state.fed + tokens
     if not state.is_prefilling:
-        return Feed(_row_of(state), (state.last_token,), wants_logits=True)
-    return Feed(_row_of(state), state.request.prompt_ids[state.fed : end], wants_logits=end == state.prompt_tokens)
+        return Feed(row_of(state), (state.last_token,), wants_logits=True)
+    return Feed(row_of(state), state.request.prompt_ids[state.fed : end], wants_logits=end == state.prompt_tokens)
 
 
 def _is_device_error(error: BaseException) -> bool:

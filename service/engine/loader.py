@@ -18,8 +18,9 @@ from service.engine.config import EngineConfig
 from service.engine.core import EngineCore
 from service.engine.interface import EngineObserver, ModelInfo
 from service.engine.mailbox import Dispatcher
+from service.engine.overlay_decoder import OverlayDecoder
 from service.engine.request import RequestState
-from service.engine.runner import ModelRunner
+from service.engine.runner import AheadFactory, ModelRunner, PackedDecoder
 from service.engine.scheduler import Scheduler
 from service.generation.chat_format import ChatFormat
 from service.generation.sampler import Sampler
@@ -28,6 +29,7 @@ from trimkv_core.attention.select import select_backend
 from trimkv_core.budget import Budget, Geometry, Scope, Strategy
 from trimkv_core.checkpoint import read_config
 from trimkv_core.embedded import EMBEDDED_NAME
+from trimkv_core.lean.decoder import LeanDecoder, make_lean_decoder
 from trimkv_core.models import TrimKVForCausalLM, find_gates, names_gates
 from trimkv_core.overlay import fix_rope
 
@@ -54,8 +56,10 @@ class LoadedEngine:
     tokenizer: tokenizers.Tokenizer
     ledger: AdmissionLedger
     _config: EngineConfig
-    _model: Any
+    _decoder: PackedDecoder
     _backend: AttentionBackend[Any]
+    _dtype: torch.dtype
+    _device: torch.device
 
     def build_core(
         self, dispatcher: Dispatcher, observer: EngineObserver, left_queue: Callable[[RequestState], None]
@@ -63,20 +67,33 @@ class LoadedEngine:
         """Allocate the pool and put the engine together."""
         config = self._config
         runner = ModelRunner(
-            self._model,
+            self._decoder,
             self._backend,
             self.info.geometry,
             num_pages=self.info.pool_pages,
             max_num_seqs=config.max_num_seqs,
+            dtype=self._dtype,
+            device=self._device,
+            ahead=self._ahead_factory(),
         )
         return EngineCore(
             runner,
-            Sampler(self.info.vocab_size, self._model.device),
+            Sampler(self.info.vocab_size, self._device),
             self.ledger,
             Scheduler(self.ledger, max_num_seqs=config.max_num_seqs, prefill_chunk=config.prefill_chunk),
             dispatcher=dispatcher,
             observer=observer,
             left_queue=left_queue,
+        )
+
+    def _ahead_factory(self) -> AheadFactory | None:
+        """Decode steps that stay on the device, where everything they are made of is there."""
+        if self._config.enforce_eager or self._backend.name != "triton" or not isinstance(self._decoder, LeanDecoder):
+            return None
+        from service.engine.ahead import ahead_factory
+
+        return ahead_factory(
+            self._decoder, vocab_size=self.info.vocab_size, num_query_heads=self._decoder.num_query_heads
         )
 
 
@@ -91,7 +108,10 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
     dtype = _choose_dtype(config.dtype, device)
     logger.info("loading %s%s in %s on %s", base, f" with gates {gates}" if gates else "", _name(dtype), device)
     model = TrimKVForCausalLM.from_base(base, gates=gates, dtype=dtype, device_map=str(device))
-    backend = select_backend(config.backend)
+    try:
+        backend = select_backend(config.backend, device=device, dtype=dtype)
+    except ValueError as error:
+        raise StartupError(str(error)) from error
     max_model_len = _choose_length(config.max_model_len, model.config.max_position_embeddings)
     rope_note = fix_rope(model, max_model_len)
     geometry = Geometry(
@@ -128,8 +148,10 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
         pool_pages=pages,
         pool_bytes=pages * geometry.page_bytes,
     )
-    _announce(info, ledger, rope_note)
-    return LoadedEngine(info, chat_format.backend, ledger, config, model, backend)
+    # The model is not run any more where the lean step has its weights.
+    decoder = make_lean_decoder(model, frees_weights=True) or OverlayDecoder(model)
+    _announce(info, decoder.name, ledger, rope_note)
+    return LoadedEngine(info, chat_format.backend, ledger, config, decoder, backend, dtype, device)
 
 
 def _names(config: EngineConfig) -> tuple[str, str | None]:
@@ -217,12 +239,13 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _announce(info: ModelInfo, ledger: AdmissionLedger, rope_note: str | None) -> None:
+def _announce(info: ModelInfo, decoder: str, ledger: AdmissionLedger, rope_note: str | None) -> None:
     geometry = info.geometry
     logger.info(
-        "model %s, gates %s, backend %s, %s on %s, context %d tokens",
+        "model %s, gates %s, %s step, attention backend %s, %s on %s, context %d tokens",
         info.model,
         info.gates or "none (dense only)",
+        decoder,
         info.backend,
         info.dtype,
         info.device,

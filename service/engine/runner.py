@@ -8,22 +8,26 @@ Letters: S segments, T tokens, L layers, H KV heads, G query heads a KV head, V 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from service.engine.row_padding import CANDIDATES, find_stable_rows
-from trimkv_core.attention.base import AttentionBackend, PagedStep
+from service.generation.sampler import SamplingState
+from trimkv_core.attention.base import AttentionBackend, LayerStep, PagedStep
 from trimkv_core.batches import Segment
 from trimkv_core.budget import Budget, Geometry
-from trimkv_core.overlay import LayerAttention, StepCache
 from trimkv_core.pages import PagePool
 from trimkv_core.sequences import Eviction, SequenceTable
+from trimkv_core.transfers import to_device
 
 logger = logging.getLogger(__name__)
+
+_WARM_UP_TOKENS = 4
+_NOTICEABLE_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,34 +39,38 @@ class Feed:
     wants_logits: bool
 
 
-class _PackedCache(StepCache):
-    """What the model sees of a packed step: [1, T (+ padding)] tokens of many sequences."""
+class TokensInFlight(Protocol):
+    """Tokens on their way to the host."""
 
-    def __init__(self, num_layers: int, step: PagedStep[Any]) -> None:
-        super().__init__(num_layers)
-        self._step = step
+    def wait(self) -> list[int]:
+        """The tokens, as soon as they are there."""
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0
 
-    def attend(self, layer: int, attention: LayerAttention) -> Tensor:
-        tokens = self._step.batch.num_tokens
-        query, key, value = (
-            states[0, :, :tokens].transpose(0, 1) for states in (attention.query, attention.key, attention.value)
-        )
-        mixed = self._step.layer(
-            layer,
-            query,
-            key,
-            value,
-            log_beta=None if attention.log_beta is None else attention.log_beta[0, :tokens],
-            scale=attention.scale,
-            window=attention.window,
-        )
-        padding = attention.query.shape[2] - tokens
-        if padding:
-            mixed = torch.cat([mixed, mixed.new_zeros(padding, *mixed.shape[1:])])
-        return mixed[None]
+class AheadRunner(Protocol):
+    """Decode steps that are launched before the tokens of the one before are read: see `service.engine.ahead`."""
+
+    def can_choose(self, state: SamplingState) -> bool:
+        """Whether a request's next token can be chosen on the device."""
+
+    def set_last_tokens(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
+        """Tell the device of tokens that the host has chosen."""
+
+    def launch(self, rows: Sequence[int], sampling: Sequence[SamplingState]) -> TokensInFlight:
+        """One decode step: each row's last token is its input."""
+
+
+AheadFactory = Callable[[PagePool, int], tuple[SequenceTable, AheadRunner]]
+
+
+class PackedDecoder(Protocol):
+    """What computes a packed forward: the lean step, or the model itself under the overlay."""
+
+    @property
+    def name(self) -> str:
+        """What start-up lines call it."""
+
+    def forward(self, token_ids: Tensor, position: Tensor, step: LayerStep, wanted: Tensor | None) -> Tensor:
+        """int64 [T], int32 [T], where the entries go, int64 [N] or None → [N, V], as `LeanDecoder.forward`."""
 
 
 class ModelRunner:
@@ -74,25 +82,43 @@ class ModelRunner:
 
     def __init__(
         self,
-        model: Any,
+        decoder: PackedDecoder,
         backend: AttentionBackend[Any],
         geometry: Geometry,
         *,
         num_pages: int,
         max_num_seqs: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        ahead: AheadFactory | None = None,
     ) -> None:
-        self._model = model
+        """Allocate the pool.
+
+        Args:
+            decoder: computes forwards.
+            backend: writes and reads pages.
+            geometry: of the pool.
+            num_pages: of the pool.
+            max_num_seqs: rows of the table.
+            dtype, device: of the pool.
+            ahead: makes decode steps that stay on the device; None where there are none.
+        """
+        self._decoder = decoder
         self._backend = backend
-        self._geometry = geometry
         self._max_num_seqs = max_num_seqs
-        self._min_rows = _choose_min_rows(model)
-        pool = PagePool(geometry, num_pages, dtype=model.dtype, device=model.device)
-        self.table = SequenceTable(pool, max_num_seqs)
+        self._ahead_factory = ahead
+        self._pool = PagePool(geometry, num_pages, dtype=dtype, device=device)
+        self.rebuild()
 
     def rebuild(self) -> None:
         """Start over with an empty pool in the memory of the old one; every row is gone."""
-        self.table.pool.reset()
-        self.table = SequenceTable(self.table.pool, self._max_num_seqs)
+        self._pool.reset()
+        self.table: SequenceTable
+        self.ahead: AheadRunner | None = None
+        if self._ahead_factory is None:
+            self.table = SequenceTable(self._pool, self._max_num_seqs)
+        else:
+            self.table, self.ahead = self._ahead_factory(self._pool, self._max_num_seqs)
 
     @torch.inference_mode()
     def forward(self, feeds: Sequence[Feed]) -> Tensor:
@@ -107,27 +133,41 @@ class ModelRunner:
         batch = self.table.extend([Segment(feed.row, len(feed.token_ids)) for feed in feeds])
         device = batch.position.device
         token_ids = [token for feed in feeds for token in feed.token_ids]
-        padding = max(self._min_rows - len(token_ids), 0)
         wanted, end = [], 0
         for feed in feeds:
             end += len(feed.token_ids)
             if feed.wants_logits:
                 wanted.append(end - 1)
-        kept = wanted + wanted[-1:] * max(self._min_rows - len(wanted), 0) if wanted else [0]
-        output = self._model(
-            input_ids=torch.tensor([token_ids + [0] * padding], device=device),
-            position_ids=torch.nn.functional.pad(batch.position.long(), (0, padding))[None],
-            past_key_values=_PackedCache(self._geometry.num_layers, PagedStep(self._backend, self.table, batch)),
-            use_cache=True,
-            logits_to_keep=torch.tensor(kept, device=device),
+        return self._decoder.forward(
+            to_device(token_ids, torch.int64, device),
+            batch.position,
+            PagedStep(self._backend, self.table, batch),
+            to_device(wanted, torch.int64, device),
         )
-        logits: Tensor = output.logits[0, : len(wanted)]
-        return logits
 
     @torch.inference_mode()
     def evict(self, due: Sequence[tuple[int, Budget]]) -> list[Eviction]:
         """Cut the rows that are due."""
         return self.table.evict(due)
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Take every kind of step once, so that nothing is compiled while a request waits; leaves no trace."""
+        started = time.monotonic()
+        budget = Budget(memory_size=1, buffer_size=1)
+        pages = budget.ceiling_pages(self._pool.geometry, total_tokens=_WARM_UP_TOKENS, forward_tokens=_WARM_UP_TOKENS)
+        if pages > self._pool.num_free:
+            return
+        row = self.open(pages)
+        try:
+            self.forward([Feed(row, (0,) * (_WARM_UP_TOKENS - 1), wants_logits=True)])
+            self.evict([(row, budget)])
+            self.forward([Feed(row, (0,), wants_logits=True)])
+        finally:
+            self.close(row)
+        seconds = time.monotonic() - started
+        if seconds > _NOTICEABLE_SECONDS:
+            logger.info("compiled kernels in %.0f s; they are kept for the next start", seconds)
 
     def open(self, pages: int) -> int:
         """Start a sequence that is promised `pages`."""
@@ -136,14 +176,3 @@ class ModelRunner:
     def close(self, row: int, *, scrub: bool = False) -> None:
         """End a sequence, wiping what it wrote if that may be no numbers."""
         self.table.close(row, scrub=scrub)
-
-
-def _choose_min_rows(model: Any) -> int:
-    """Rows a forward is padded to: in float32 on a CPU, where answers are promised to be the same alone and in
-    company."""
-    if model.dtype != torch.float32 or model.device.type != "cpu":
-        return 1
-    rows = find_stable_rows(module.weight for module in model.modules() if isinstance(module, nn.Linear))
-    if rows is None:
-        logger.warning("this CPU's matrix products depend on the batch: answers may differ in company by a rounding")
-    return rows or CANDIDATES[0]

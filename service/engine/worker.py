@@ -172,6 +172,7 @@ class EngineWorker:
         try:
             self._loaded = load_engine(self._config)
             core = self._loaded.build_core(dispatcher, self._observer, self._left_queue)
+            core.runner.warm_up()
             self._last_stats = core.stats()
             self._core = core
             self._state = EngineState.READY

@@ -188,7 +188,7 @@ def test_a_failing_step_fails_its_own_requests_and_the_engine_goes_on(monkeypatc
     doomed = engine.submit([1, 2, 3], Budget(memory_size=4), max_tokens=9)
     engine.step()
     with monkeypatch.context() as patch:
-        patch.setattr(engine.loaded._model, "forward", lambda **_kwargs: 1 / 0)
+        patch.setattr(engine.loaded._decoder, "forward", lambda *_args: 1 / 0)
         waiting = engine.submit([4] * 5, Budget(memory_size=4), max_tokens=3, priority=1)
         engine.step()
     assert isinstance(doomed.events[-1], Failed)
@@ -205,11 +205,11 @@ def test_a_broken_pool_is_rebuilt_and_a_second_break_within_a_minute_ends_the_en
 ) -> None:
     engine = build_engine()
 
-    def leak_a_page(**_kwargs: Any) -> None:
+    def leak_a_page(*_args: Any) -> None:
         engine.core.runner.table.pool.allocate(1)
         raise PoolExhausted("made up")
 
-    monkeypatch.setattr(engine.loaded._model, "forward", leak_a_page)
+    monkeypatch.setattr(engine.loaded._decoder, "forward", leak_a_page)
     first = engine.submit([1, 2, 3], Budget(memory_size=4))
     engine.step()
     assert isinstance(first.events[-1], Failed)
@@ -238,13 +238,13 @@ def test_what_is_no_number_dies_with_its_request(monkeypatch: pytest.MonkeyPatch
     engine = build_engine()
     healthy = engine.submit([3] * 4, Budget(memory_size=4), max_tokens=12)
     engine.step()
-    model = engine.loaded._model
-    embed = model.model.embed_tokens.forward
+    ops = engine.loaded._decoder._ops  # type: ignore[attr-defined]
+    embed = ops.embed
 
     def overflow(ids: torch.Tensor) -> torch.Tensor:
-        return torch.where((ids == 63)[..., None], torch.inf, embed(ids))
+        return torch.where((ids == 63)[:, None], torch.inf, embed(ids))
 
-    monkeypatch.setattr(model.model.embed_tokens, "forward", overflow)
+    monkeypatch.setattr(ops, "embed", overflow)
     doomed = engine.submit([63] * 6, Budget.dense(), max_tokens=4)
     engine.run()
     assert isinstance(doomed.events[-1], Failed)

@@ -263,7 +263,7 @@ def test_metrics_tell_of_what_happened(live: Live) -> None:
 
 def test_start_up_says_what_an_operator_wants_to_know(live: Live) -> None:
     said = "".join(live.lines)
-    for words in ("backend torch", "float32", "pages", "GiB", "at M = 64"):
+    for words in ("lean numba step", "backend numba", "float32", "pages", "GiB", "at M = 64"):
         assert words in said
 
 
