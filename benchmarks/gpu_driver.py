@@ -14,13 +14,17 @@ from typing import Any
 
 import torch
 from gpu_timing import Clock
+from torch import Tensor
 
 from service.engine.overlay_decoder import OverlayDecoder
-from service.engine.runner import Feed, ModelRunner, PackedDecoder
+from service.engine.runner import AheadFactory, Feed, ModelRunner, PackedDecoder
 from trimkv_core.attention.select import select_backend
 from trimkv_core.budget import Budget, Geometry, lane_pages
 from trimkv_core.byte_ledger import geometry_of
-from trimkv_core.lean.decoder import make_lean_decoder
+from trimkv_core.decode_program import DecodePrograms, PendingTokens
+from trimkv_core.device_sequences import DeviceSequenceTable
+from trimkv_core.lean.decoder import LeanDecoder, make_lean_decoder
+from trimkv_core.pages import PagePool
 from trimkv_core.sequences import SequenceTable
 
 
@@ -73,6 +77,7 @@ class Driver:
         model: Any,
         *,
         cases: Sequence[tuple[int, Budget]],
+        batches: Sequence[int],
         lane_tokens: int,
         block_size: int = 16,
         backend: str = "auto",
@@ -82,6 +87,7 @@ class Driver:
         Args:
             model: with gates and paged attention; the lean step takes its weights.
             cases: what will be open at once, one after another.
+            batches: batch sizes that decode, to capture; the largest of the cases is captured too.
             lane_tokens: prompt tokens of one forward.
             block_size: entries a page.
             backend: for attention, as in `--backend`.
@@ -95,7 +101,10 @@ class Driver:
         self._total_tokens: int = model.config.max_position_embeddings
         chosen = select_backend(backend, device=device, dtype=dtype)
         decoder: PackedDecoder = make_lean_decoder(model, frees_weights=True) or OverlayDecoder(model)
-        self.how = f"{decoder.name} step, eager, attention {chosen.name}"
+        ahead = None
+        if chosen.name == "triton" and isinstance(decoder, LeanDecoder):
+            ahead = _greedy_factory(decoder, sizes=sorted({*batches, max(count for count, _ in cases)}))
+        self.how = f"{decoder.name} step, {'CUDA graphs' if ahead else 'eager'}, attention {chosen.name}"
         self._runner = ModelRunner(
             decoder,
             chosen,
@@ -105,6 +114,7 @@ class Driver:
             max_num_seqs=max(count for count, _ in cases),
             dtype=dtype,
             device=device,
+            ahead=ahead,
         )
 
     @property
@@ -173,10 +183,16 @@ class Driver:
         clock, table = self._clock, self.table
         evictions: list[tuple[Any, Any]] = []
         cut, held = 0, 0
+        ahead, last = self._runner.ahead, None
+        if ahead is not None:
+            ahead.set_last_tokens([stream.row for stream in streams], [stream.token for stream in streams])
         clock.synchronize()
         marks = [clock.mark()]
         for _ in range(steps):
-            self._step(streams)
+            if ahead is None:
+                self._step(streams)
+            else:  # nobody reads a token before the last step
+                last = ahead.launch([stream.row for stream in streams], ())
             held += sum(table.held(stream.row) for stream in streams)
             before = clock.mark()
             count = self._evict(streams, prompt_tokens=0)
@@ -185,6 +201,9 @@ class Driver:
                 evictions.append((before, clock.mark()))
             marks.append(clock.mark())
         clock.synchronize()
+        if last is not None:
+            for stream, token in zip(streams, last.wait(), strict=True):
+                stream.token = max(token, 0)
         return DecodeRun(
             seconds=clock.seconds(marks[0], marks[-1]),
             step_seconds=tuple(clock.seconds(*pair) for pair in pairwise(marks)),
@@ -210,3 +229,40 @@ class Driver:
         if due:
             self._runner.evict(due)
         return len(due)
+
+
+class _GreedyAhead:
+    """Captured decode steps that choose the most likely token."""
+
+    def __init__(self, programs: DecodePrograms) -> None:
+        self._programs = programs
+
+    def can_choose(self, state: Any) -> bool:
+        """Always: there are no requests here."""
+        return True
+
+    @torch.inference_mode()
+    def set_last_tokens(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
+        """What the rows feed next."""
+        self._programs.set_last_tokens(rows, tokens)
+
+    def launch(self, rows: Sequence[int], sampling: Sequence[Any]) -> PendingTokens:
+        """One step."""
+        return self._programs.run(rows, _most_likely)
+
+
+def _most_likely(logits: Tensor) -> Tensor:
+    return logits.argmax(-1)
+
+
+def _greedy_factory(decoder: LeanDecoder, *, sizes: Sequence[int]) -> AheadFactory:
+    def make(pool: PagePool, max_num_seqs: int) -> tuple[SequenceTable, _GreedyAhead]:
+        table = DeviceSequenceTable(pool, max_num_seqs)
+        programs = DecodePrograms(
+            decoder, table, max_rows=max_num_seqs, num_query_heads=decoder.num_query_heads, sizes=sizes
+        )
+        if pool.device.type == "cuda":
+            programs.capture(lambda _size: (_most_likely,))
+        return table, _GreedyAhead(programs)
+
+    return make

@@ -81,6 +81,7 @@ class Bench:
                     (2 * sizes.long_batch, goals),
                     (sizes.paper_batch, self.budget(sizes.paper_memory_size)),
                 ],
+                batches=(1, *sizes.batches, sizes.long_batch, sizes.paper_batch),
                 lane_tokens=max(sizes.lane_tokens, *sizes.prefill_chunks),
                 backend=self._backend,
             )

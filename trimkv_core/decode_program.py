@@ -188,10 +188,25 @@ class DecodePrograms:
 
     @torch.inference_mode(False)
     def __init__(
-        self, decoder: LeanDecoder, table: DeviceSequenceTable, *, max_rows: int, num_query_heads: int
+        self,
+        decoder: LeanDecoder,
+        table: DeviceSequenceTable,
+        *,
+        max_rows: int,
+        num_query_heads: int,
+        sizes: Sequence[int] | None = None,
     ) -> None:
+        """Programs over one table.
+
+        Args:
+            decoder: computes the forward.
+            table: the sequences.
+            max_rows: the largest batch.
+            num_query_heads: H·G.
+            sizes: batch sizes, smallest first and `max_rows` last; None: `batch_sizes(max_rows)`.
+        """
         device = table.pool.device
-        self.sizes = batch_sizes(max_rows)
+        self.sizes = batch_sizes(max_rows) if sizes is None else tuple(sizes)
         # One more for the null row.
         self._last_tokens = torch.zeros(table.null_row + 1, dtype=torch.int64, device=device)
         self._programs = {
