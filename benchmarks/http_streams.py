@@ -113,7 +113,7 @@ class ServerProcess:
         Returns:
             Their timelines, and their `usage.kv`.
         """
-        streams = [_Stream(self, prompt, new_tokens, kv_budget) for prompt in prompts]
+        streams = [_Stream(self, prompt, new_tokens=new_tokens, kv_budget=kv_budget) for prompt in prompts]
         gate = threading.Barrier(len(streams) + 1)
         start: list[float] = []
         threads = [threading.Thread(target=stream.run, args=(gate, start), daemon=True) for stream in streams]
@@ -129,26 +129,41 @@ class ServerProcess:
         return [stream.timeline for stream in streams], [stream.kv for stream in streams]
 
 
+def chat_body(model: str, prompt: Prompt, *, new_tokens: int, kv_budget: int, counts_tokens: bool) -> str:
+    """A greedy, streamed chat completion of exactly `new_tokens` tokens, as JSON.
+
+    Args:
+        model: the name it is served by.
+        prompt: its messages.
+        new_tokens: how long the answer is.
+        kv_budget: M; 0 is dense.
+        counts_tokens: whether every chunk says how many tokens there are so far, or only the last how many there were.
+    """
+    options = {"include_usage": True} | ({"continuous_usage_stats": True} if counts_tokens else {})
+    return json.dumps(
+        {
+            "model": model,
+            "messages": list(prompt.messages),
+            "temperature": 0,
+            "max_tokens": new_tokens,
+            "min_tokens": new_tokens,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": options,
+            "kv_budget": kv_budget,
+        }
+    )
+
+
 class _Stream:
     """One chat completion, read on its own thread."""
 
-    def __init__(self, server: ServerProcess, prompt: Prompt, new_tokens: int, kv_budget: int) -> None:
+    def __init__(self, server: ServerProcess, prompt: Prompt, *, new_tokens: int, kv_budget: int) -> None:
         self._port = server.port
         self._prompt_tokens = len(prompt.ids)
         self._new_tokens = new_tokens
-        self._body = json.dumps(
-            {
-                "model": server.model,
-                "messages": list(prompt.messages),
-                "temperature": 0,
-                "max_tokens": new_tokens,
-                "min_tokens": new_tokens,
-                "ignore_eos": True,
-                "stream": True,
-                "stream_options": {"include_usage": True, "continuous_usage_stats": True},
-                "kv_budget": kv_budget,
-            }
-        ).encode()
+        body = chat_body(server.model, prompt, new_tokens=new_tokens, kv_budget=kv_budget, counts_tokens=True)
+        self._body = body.encode()
         self.timeline = Timeline()
         self.kv: dict[str, int] = {}
         self.failure: Exception | None = None

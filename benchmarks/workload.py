@@ -4,20 +4,39 @@ Owns the definitions, so that every system is measured by the same ones. Knows n
 
 - prefill tokens/s: streams start at once (this service: up to four of them) and stop at their first token; prompt
   tokens over the time until the last of them has it.
+  A stream that is alone need not stop.
 - time to first token: of a run in which all streams start at once and go on to their last token.
 - decode tokens/s: of the same run, tokens over time while all streams are decoding: from the last stream's first token
   to the first stream's last.
+- decode step: of the engine alone, with equal prompts in the cache; steps over as many tokens as the buffer has, so
+  that every sequence is evicted once in them, and their mean. Median of several such windows.
+- prefill chunk: of the engine alone, the second of a prompt of two: behind M entries a stream, evicted after it, its
+  last row through the head. Median of several.
+- bare matmuls: the products of the same rows with all the model's weights, in torch alone; the head for every row of a
+  decode step and for one row of a chunk.
+- many streams: decode tokens/s as above of streams with short prompts, of the engine alone and through HTTP.
+
+Numbers of this service that take no more than seconds are measured several times; the table has the median.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 TICK = 1e-9
+# Windows whose median is a decode step's time.
+WINDOWS = 3
+# A run no longer than this is repeated: one of several seconds is disturbed easily, and cheap to have again.
+SHORT_SECONDS = 10.0
+SHORT_RUNS = 3
 _WORD_LETTERS = range(4, 9)
+
+Measured = TypeVar("Measured")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +99,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One line of the table; None where a number could not be had."""
+    """One line of the table; None where a number could not be had. `runs`: of how many it is the median."""
 
     system: str
     concurrency: int
@@ -92,6 +111,26 @@ class Row:
     first_token_seconds_last: float | None
     kv_bytes: int | None
     note: str
+    runs: int = 1
+
+
+def repeat_while_short(measure: Callable[[], Measured]) -> list[Measured]:
+    """What `measure` says, several times over if the first time was short."""
+    start = time.monotonic()
+    measured = [measure()]
+    if time.monotonic() - start <= SHORT_SECONDS:
+        measured += [measure() for _ in range(SHORT_RUNS - 1)]
+    return measured
+
+
+def median_row(rows: Sequence[Row]) -> Row:
+    """One line out of several runs of it: the median of every rate and time, of those runs that have one."""
+    medians: dict[str, Any] = {"runs": len(rows)}
+    for name in Row.__slots__:
+        if name.startswith(("prefill_", "decode_", "first_")):
+            values = [value for row in rows if (value := getattr(row, name)) is not None]
+            medians[name] = statistics.median(values) if values else None
+    return replace(rows[0], **medians)
 
 
 def summarise(system: str, cell: Cell, outcome: Outcome) -> Row:
