@@ -38,7 +38,7 @@ class Server(uvicorn.Server):
     def __init__(self, app: FastAPI, settings: Settings) -> None:
         config = uvicorn.Config(
             app,
-            http="h11",
+            http="httptools",
             ws="none",
             loop="asyncio",
             lifespan="on",

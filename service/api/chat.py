@@ -7,6 +7,7 @@ neither how a prompt is rendered nor how the engine works.
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import time
 import uuid
@@ -233,7 +234,7 @@ async def stream_chunks(answer: Answer, style: StreamStyle) -> AsyncIterator[str
             yield chunks.delta(event, Delta(role="assistant", content=""))
             is_first = False
         if event.text or (style.continuous and isinstance(event, TextDelta)):
-            yield chunks.delta(event, Delta(content=event.text))
+            yield chunks.text(event)
         if isinstance(event, Finished):
             yield chunks.delta(event, Delta(), finish_reason=event.finish_reason)
             if style.include:
@@ -242,12 +243,26 @@ async def stream_chunks(answer: Answer, style: StreamStyle) -> AsyncIterator[str
     yield _no_end().envelope().model_dump_json()
 
 
+# Stands where an event's text goes in an answer's chunks; no id and no model's name holds it.
+_PLACE = "\x00text\x00"
+
+
 class _ChunkMaker:
     """Chunks of one answer as JSON. With usage asked for, every chunk has the field: null, or the tokens so far."""
 
     def __init__(self, answer: Answer, style: StreamStyle) -> None:
         self._answer = answer
         self._style = style
+        self._around: tuple[str, str] | None = None
+
+    def text(self, event: TextDelta | Finished) -> str:
+        """A chunk of text. Most of an answer's events are these, and only their text differs."""
+        if self._style.continuous:
+            return self.delta(event, Delta(content=event.text))
+        if self._around is None:
+            before, after = self.delta(event, Delta(content=_PLACE)).split(json.dumps(_PLACE))
+            self._around = (before, after)
+        return f"{self._around[0]}{json.dumps(event.text, ensure_ascii=False)}{self._around[1]}"
 
     def delta(self, event: TextDelta | Finished, delta: Delta, *, finish_reason: str | None = None) -> str:
         choice = ChunkChoice(index=0, delta=delta, logprobs=None, finish_reason=finish_reason)

@@ -189,7 +189,7 @@ def serving(engine: ScriptedEngine, *, metrics: Metrics | None = None, **setting
     context: ApiContext = app.state.context
     context.chat_format = CountingChatFormat()
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, http="h11", lifespan="off", log_config=None))
+    server = uvicorn.Server(uvicorn.Config(app, http="httptools", lifespan="off", log_config=None))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     try:
