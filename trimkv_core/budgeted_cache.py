@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimkv_core.attention.base import PagedStep
+from trimkv_core.attention.base import AttentionBackend, PagedStep
+from trimkv_core.attention.flash import PAGE_MULTIPLE
 from trimkv_core.attention.select import select_backend
+from trimkv_core.attention.varlen import import_flash_attn
 from trimkv_core.batches import Segment
 from trimkv_core.budget import Budget, BudgetError, Geometry
 from trimkv_core.overlay import LayerAttention, StepCache
@@ -49,6 +51,7 @@ class BudgetedCache(StepCache):
         self._block_size = block_size
         self._device = None if device is None else torch.device(device)
         self._dtype = dtype
+        self._asked_backend = backend
         self._backend = select_backend(backend)
         self._table: SequenceTable | None = None
         self._rows: list[int] = []
@@ -168,6 +171,7 @@ class BudgetedCache(StepCache):
         batch, _, tokens, _ = attention.query.shape
         if self._table is None:
             self._table = self._build_table(attention)
+            self._backend = self._choose_backend(self._table.pool)
         if not self._rows:
             pages = self._page_capacity(tokens)
             self._rows = [self._table.open(pages) for _ in range(batch)]
@@ -179,6 +183,16 @@ class BudgetedCache(StepCache):
         segments = [Segment(self._rows[index], counts[index]) for index in order]
         # A chunk may be padding in every row, and then there is nothing to write or to see.
         self._step = PagedStep(self._backend, self._table, self._table.extend(segments)) if segments else None
+
+    def _choose_backend(self, pool: PagePool) -> AttentionBackend[Any]:
+        """The reference on CPUs; on GPUs kernels, and flash-attn's own paged decode for pages as large as it wants."""
+        name = self._asked_backend
+        if name != "auto" or pool.device.type != "cuda":
+            return self._backend
+        is_half = pool.dtype in {torch.bfloat16, torch.float16}
+        if is_half and self._block_size % PAGE_MULTIPLE == 0 and import_flash_attn() is not None:
+            name = "flash"
+        return select_backend(name, device=pool.device, dtype=pool.dtype)
 
     def _find_real_tokens(self, padding: Tensor | None, batch: int, tokens: int) -> list[int]:
         """Real tokens of every row, and where they are if some are padding."""

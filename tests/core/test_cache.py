@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from tests.core import flash_stand_in
 from tests.core.tiny import FAMILIES, load, save_base, save_random_gates
 from trimkv_core import PagedTrimKVCache, TrimKVCache, TrimKVForCausalLM, TrimKVQwen3ForCausalLM
 from trimkv_core.budget import BudgetError
@@ -267,3 +270,19 @@ def test_a_bad_argument_is_named(arguments: dict[str, Any], field: str) -> None:
     with pytest.raises(BudgetError) as caught:
         PagedTrimKVCache(3, 2, **arguments)
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("block_size", "dtype", "name"),
+    [(256, torch.bfloat16, "flash"), (16, torch.bfloat16, "triton"), (256, torch.float32, "triton")],
+)
+def test_a_cache_on_a_gpu_takes_kernels_and_flash_attn_for_its_large_pages(
+    monkeypatch: pytest.MonkeyPatch, block_size: int, dtype: torch.dtype, name: str
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setitem(sys.modules, "flash_attn", flash_stand_in)
+    cache = PagedTrimKVCache(num_layers=2, num_heads=2, max_seq_len=64, memory_size=4, block_size=block_size)
+    gpu_pool: Any = SimpleNamespace(device=torch.device("cuda"), dtype=dtype)
+    assert cache._choose_backend(gpu_pool).name == name
+    cpu_pool: Any = SimpleNamespace(device=torch.device("cpu"), dtype=dtype)
+    assert cache._choose_backend(cpu_pool).name == "torch"

@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 
 import pytest
 import torch
 
-from tests.kernels.interpreter import mend
-
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-# Triton decides when a kernel is defined, so this must stand before any of them is imported.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-    if HAS_TRITON:
-        mend()
 
 
 class _Skipped(pytest.Module):

@@ -71,9 +71,7 @@ class Drive:
 
 
 @pytest.mark.parametrize("ops", [TorchOps, TritonOps])
-@pytest.mark.parametrize(
-    ("family", "block_size"), [("qwen3", 4), ("qwen3", 1), ("phi3", 4), ("phi3", 1), ("qwen2-window", 5)]
-)
+@pytest.mark.parametrize("model", ["qwen3/4", "qwen3/1", "phi3/4", "phi3/1", "qwen2-window/5"])
 def test_steps_on_the_device_are_the_reference(tmp_path: Path, model: str, ops: Any, device: torch.device) -> None:
     family, block_size = model.split("/")
     _, loaded = load_tiny(tmp_path, family)
