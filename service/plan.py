@@ -18,7 +18,8 @@ from huggingface_hub import hf_hub_download
 from transformers import AutoConfig
 
 from service.logs import format_bytes
-from service.settings import PROGRAM, OneLineParser, Settings, parse_size
+from service.settings import Settings, parse_size
+from service.settings_sources import PROGRAM, OneLineParser
 from trimkv_core.budget import MAX_BLOCK_SIZE, MAX_BUFFER_SIZE, Budget, BudgetError, Geometry, lane_pages
 from trimkv_core.byte_ledger import (
     CARDS,
@@ -31,6 +32,7 @@ from trimkv_core.byte_ledger import (
 )
 from trimkv_core.checkpoint import CONFIG_NAME, GateConfig, read_config
 from trimkv_core.embedded import EMBEDDED_NAME, embedded_config, embedded_gates_path
+from trimkv_core.fp8 import KV_DTYPES, choose_kv_dtype, name_kv_dtype
 from trimkv_core.models import locate_base
 
 SWEEP = (64, 128, 256, 512, 1024, 2048)
@@ -54,7 +56,8 @@ class ModelShape:
     Attributes:
         geometry: its cache.
         max_model_len: what its config allows.
-        dtype: number format of weights and cache.
+        dtype: number format of weights.
+        kv_dtype: of stored keys and values.
         weights: its parameters and those of its gates.
         trained_budget: M of its gates, None without.
     """
@@ -62,6 +65,7 @@ class ModelShape:
     geometry: Geometry
     max_model_len: int
     dtype: str
+    kv_dtype: str
     weights: ModelWeights
     trained_budget: int | None
 
@@ -98,6 +102,7 @@ class PlanRequest:
     memory: Memory
     bandwidth: Bandwidth | None
     dtype: str
+    kv_dtype: str
     block_size: int
     kv_budget: int | None
     kv_buffer: int
@@ -195,7 +200,8 @@ def read_shape(request: PlanRequest) -> ModelShape:
         raise PlanError(f"--model={request.model} cannot be read: {_short(error)}") from error
     dtype = request.dtype if request.dtype != "auto" else ASSUMED_DTYPE
     text = config.get_text_config()
-    geometry = geometry_of(config, block_size=request.block_size, dtype=_DTYPES[dtype])
+    kv_dtype = choose_kv_dtype(request.kv_dtype, _DTYPES[dtype])
+    geometry = geometry_of(config, block_size=request.block_size, dtype=kv_dtype)
     gate_shape = None
     if gates is not None:
         gate_shape = gates.shape(
@@ -205,6 +211,7 @@ def read_shape(request: PlanRequest) -> ModelShape:
         geometry=geometry,
         max_model_len=text.max_position_embeddings,
         dtype=dtype,
+        kv_dtype=name_kv_dtype(kv_dtype),
         weights=weigh_config(config, dtype=_DTYPES[dtype], gates=gate_shape),
         trained_budget=gates.memory_size if gates is not None else None,
     )
@@ -254,13 +261,14 @@ def _budgets(request: PlanRequest, shape: ModelShape, contexts: Sequence[int]) -
 def _render(request: PlanRequest, shape: ModelShape, *, rows: Sequence[PlanRow], contexts: Sequence[int]) -> str:
     geometry = shape.geometry
     lane = lane_pages(geometry, request.prefill_chunk) * geometry.page_bytes
+    stored = "" if shape.kv_dtype == shape.dtype else f" (KV {shape.kv_dtype})"
     weights = shape.weights
     pool = request.memory.size - weights.base_bytes - weights.gate_bytes
     gates = f" - gates {format_bytes(weights.gate_bytes)}" if weights.gate_bytes else ""
     headings = [f"{context:,} tokens" for context in contexts]
     lines = [
         f"{request.model}: {geometry.num_layers} layers x {geometry.num_heads} KV heads x {geometry.head_dim}, "
-        f"{shape.dtype}, up to {shape.max_model_len:,} tokens; one entry {geometry.entry_bytes} bytes, "
+        f"{shape.dtype}{stored}, up to {shape.max_model_len:,} tokens; one entry {geometry.entry_bytes} bytes, "
         f"page of {geometry.block_size} entries {geometry.page_bytes:,} bytes",
         f"{request.memory} - weights {format_bytes(weights.base_bytes)}{gates} = pool "
         f"{format_bytes(pool)}, of which one prefill chunk of {request.prefill_chunk} tokens takes "
@@ -345,6 +353,9 @@ def _parse(arguments: Sequence[str]) -> PlanRequest:
     parser.add_argument("--kv-budget", type=_whole(0, 2**31 - 1), help="a budget to show beside the usual ones")
     parser.add_argument("--kv-buffer", type=_whole(1, MAX_BUFFER_SIZE), default=32, help="entries (%(default)s)")
     parser.add_argument("--dtype", choices=("auto", *_DTYPES), default="auto", help="weights and cache (bfloat16)")
+    parser.add_argument(
+        "--kv-dtype", choices=("auto", *KV_DTYPES), default="auto", help="stored keys and values (as --dtype)"
+    )
     parser.add_argument("--block-size", type=_whole(1, MAX_BLOCK_SIZE), default=16, help="entries a page (%(default)s)")
     parser.add_argument("--prefill-chunk", type=_whole(1, 65536), default=512, help="tokens (%(default)s)")
     parser.add_argument(
@@ -368,6 +379,7 @@ def _parse(arguments: Sequence[str]) -> PlanRequest:
         memory=memory,
         bandwidth=bandwidth,
         dtype=given.dtype,
+        kv_dtype=given.kv_dtype,
         block_size=given.block_size,
         kv_budget=given.kv_budget,
         kv_buffer=given.kv_buffer,

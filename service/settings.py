@@ -1,7 +1,8 @@
 """Every setting of the service: its one home, its unit, its range.
 
-Owns where values come from (flags > environment `TRIMKV_…` > YAML file > defaults), what `--help` says, and the one
-line a bad value earns. Knows no engine beyond the plain `EngineConfig` it fills in.
+Owns what there is to set, and that flags go before the environment, the environment before a YAML file and the file
+before defaults; how these are read is `settings_sources`' business. Knows no engine beyond the plain `EngineConfig` it
+fills in.
 """
 
 from __future__ import annotations
@@ -9,15 +10,11 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn, Self, get_origin
+from typing import Annotated, Literal, Self
 
-import yaml
 from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, field_validator, model_validator
-from pydantic_core import ErrorDetails, PydanticCustomError
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -27,33 +24,24 @@ from pydantic_settings import (
 )
 
 from service.engine.config import EngineConfig
+from service.settings_sources import (
+    ENV_PREFIX,
+    PROGRAM,
+    Option,
+    SettingsError,
+    contradiction,
+    find_variable,
+    make_parser,
+    one_line,
+    read_yaml,
+)
 from trimkv_core.budget import MAX_BLOCK_SIZE, MAX_BUFFER_SIZE
 
-ENV_PREFIX = "TRIMKV_"
-PROGRAM = "trimkv-serve"
+# What the command line needs of settings is found here, wherever it is defined.
+__all__ = ["PROGRAM", "Settings", "SettingsError", "build_parser", "load_settings", "parse_size"]
+
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(|[kmgt]i?)b?", re.IGNORECASE)
-
-
-class SettingsError(Exception):
-    """A setting that cannot be; the message is one line for the operator."""
-
-
-@dataclass(frozen=True, slots=True)
-class Option:
-    """How a setting looks on the command line.
-
-    Attributes:
-        group: heading of `--help` it stands under.
-        metavar: what stands for its value there.
-        allowed: what it takes, in the words of an error message.
-        shown_default: its default in words, where the value itself says too little.
-    """
-
-    group: str
-    metavar: str
-    allowed: str
-    shown_default: str | None = None
 
 
 def parse_size(value: object) -> object:
@@ -70,6 +58,12 @@ def parse_size(value: object) -> object:
     return int(float(match[1]) * _UNITS[match[2].lower()])
 
 
+def _parse_memory(value: object) -> object:
+    """As `parse_size`; `auto` is None."""
+    is_auto = isinstance(value, str) and value.strip().lower() == "auto"
+    return None if is_auto else parse_size(value)
+
+
 def _split_names(value: object) -> object:
     """`a,b` as two names, alone or in a list of flags or YAML; text without any stays as it is, to be refused."""
     if not isinstance(value, str | list):
@@ -79,13 +73,6 @@ def _split_names(value: object) -> object:
         parts = [part.strip() for part in item.split(",")] if isinstance(item, str) else [item]
         names += [part for part in parts if part != ""] or [item]
     return tuple(names)
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """Says what is wrong with the flags in one line, where argparse would print its whole usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
 _SERVER, _MODEL, _MEMORY, _REQUESTS, _OPERATION = (
@@ -153,6 +140,11 @@ class Settings(BaseSettings):
         Field(min_length=1, description="attention backend; auto picks the best there is"),
         Option(_MODEL, "BACKEND", "auto, or a backend that is installed"),
     ] = "auto"
+    enforce_eager: Annotated[
+        bool,
+        Field(description="no captured decode steps on a GPU: slower, starts sooner, takes less memory"),
+        Option(_MODEL, "BOOL", "true or false"),
+    ] = False
     max_model_len: Annotated[
         int | None,
         Field(ge=2, le=2**31 - 1, description="tokens of prompt and answer together"),
@@ -160,11 +152,21 @@ class Settings(BaseSettings):
     ] = None
 
     kv_memory: Annotated[
-        int,
-        BeforeValidator(parse_size),
-        Field(ge=1 << 20, le=1 << 50, description="memory of the page pool"),
-        Option(_MEMORY, "SIZE", "a size from 1MiB to 1024TiB, such as 2GiB or 80GB", "2GiB"),
-    ] = 2 << 30
+        Annotated[int, Field(ge=1 << 20, le=1 << 50)] | None,
+        BeforeValidator(_parse_memory),
+        Field(description="memory of the page pool; auto: what a GPU has left, 2GiB on a CPU"),
+        Option(_MEMORY, "SIZE", "auto, or a size from 1MiB to 1024TiB, such as 2GiB or 80GB", "auto"),
+    ] = None
+    gpu_memory_utilization: Annotated[
+        float,
+        Field(gt=0, le=1, description="share of a GPU's memory that --kv-memory auto fills, weights included"),
+        Option(_MEMORY, "SHARE", "a number above 0 and up to 1"),
+    ] = 0.9
+    kv_dtype: Annotated[
+        Literal["auto", "fp8_e4m3"],
+        Field(description="number format of stored keys and values: auto (the model's) or fp8_e4m3 (8 bits, scaled)"),
+        Option(_MEMORY, "DTYPE", "auto or fp8_e4m3"),
+    ] = "auto"
     block_size: Annotated[
         int,
         Field(ge=1, le=MAX_BLOCK_SIZE, description="cache entries a page"),
@@ -259,8 +261,8 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         flags = init_settings.init_kwargs if isinstance(init_settings, InitSettingsSource) else {}
-        path = flags.get("config") or os.environ.get(_variable("config") or "")
-        file_settings = InitSettingsSource(settings_cls, _read_yaml(path) if path else {})
+        path = flags.get("config") or os.environ.get(find_variable("config") or "")
+        file_settings = InitSettingsSource(settings_cls, read_yaml(path) if path else {})
         return init_settings, env_settings, file_settings
 
     @field_validator("*", mode="before")
@@ -274,11 +276,11 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _check_together(self) -> Self:
         if self.kv_budget == 0 and not self.allow_dense:
-            raise _contradiction("kv_budget", 0, "--no-allow-dense forbids requests without a budget")
+            raise contradiction("kv_budget", 0, "--no-allow-dense forbids requests without a budget")
         if self.kv_budget and self.max_kv_budget is not None and self.kv_budget > self.max_kv_budget:
-            raise _contradiction("kv_budget", self.kv_budget, f"at most --max-kv-budget={self.max_kv_budget}")
+            raise contradiction("kv_budget", self.kv_budget, f"at most --max-kv-budget={self.max_kv_budget}")
         if self.kv_budget and self.max_model_len is not None and self.kv_budget > self.max_model_len:
-            raise _contradiction("kv_budget", self.kv_budget, f"at most --max-model-len={self.max_model_len}")
+            raise contradiction("kv_budget", self.kv_budget, f"at most --max-model-len={self.max_model_len}")
         return self
 
     def engine_config(self) -> EngineConfig:
@@ -289,7 +291,10 @@ class Settings(BaseSettings):
             dtype=self.dtype,
             device=self.device,
             backend=self.backend,
+            enforce_eager=self.enforce_eager,
             kv_memory_bytes=self.kv_memory,
+            gpu_memory_utilization=self.gpu_memory_utilization,
+            kv_dtype=self.kv_dtype,
             block_size=self.block_size,
             max_num_seqs=self.max_num_seqs,
             max_model_len=self.max_model_len,
@@ -313,104 +318,9 @@ def load_settings(argv: Sequence[str]) -> Settings:
     try:
         return Settings(**flags)
     except ValidationError as error:
-        raise SettingsError(_one_line(error.errors(include_url=False)[0], flags)) from None
+        raise SettingsError(one_line(error.errors(include_url=False)[0], Settings, flags)) from None
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Flags of all settings, grouped; values stay text, so that there is one judge of them."""
-    parser = OneLineParser(
-        prog=PROGRAM,
-        usage=f"{PROGRAM} [--flag value ...]",
-        description="Serve a language model over the OpenAI API, each request's KV cache under its own budget. "
-        f"See also: {PROGRAM} plan --help (how many sequences fit).",
-        epilog=f"A flag goes before the environment ({ENV_PREFIX}KV_MEMORY=8GiB for --kv-memory 8GiB), the environment "
-        "before the file of --config, the file before the defaults.",
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
-    groups = {name: parser.add_argument_group(name) for name in (_SERVER, _MODEL, _MEMORY, _REQUESTS, _OPERATION)}
-    for name, field in Settings.model_fields.items():
-        option = _option(name)
-        default = option.shown_default or _shown(field.default)
-        text = f"{field.description} (default: {default})".replace("%", "%%")
-        group = groups[option.group]
-        if field.annotation is bool:
-            group.add_argument(_flag(name), nargs="?", const="true", metavar=option.metavar, help=text)
-            group.add_argument(
-                f"--no-{_flag(name)[2:]}", dest=name, action="store_const", const="false", help=argparse.SUPPRESS
-            )
-        elif get_origin(field.annotation) is tuple:
-            group.add_argument(_flag(name), action="append", metavar=option.metavar, help=text)
-        else:
-            group.add_argument(_flag(name), metavar=option.metavar, help=text)
-    return parser
-
-
-def _shown(default: object) -> str:
-    if default is None:
-        return "none"
-    if isinstance(default, bool):
-        return str(default).lower()
-    return f"{default:g}" if isinstance(default, float) else str(default)
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _option(name: str) -> Option:
-    marks = [mark for mark in Settings.model_fields[name].metadata if isinstance(mark, Option)]
-    return marks[0]
-
-
-def _read_yaml(path: str | Path) -> dict[str, object]:
-    """Settings of a YAML file by field name; `kv-memory` and `kv_memory` are the same, and said once."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        loaded, names = yaml.safe_load(text), _names_in(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise SettingsError(f"--config={path} is not possible: must be a readable YAML file ({reason})") from None
-    if loaded is None:
-        return {}
-    if not isinstance(loaded, dict):
-        raise SettingsError(f"--config={path} is not possible: must hold settings by name, such as 'port: 8000'")
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        raise SettingsError(f"--config={path} is not possible: must say {twice[0]} once")
-    return {_field_name(name): value for name, value in loaded.items()}
-
-
-def _names_in(text: str) -> list[str]:
-    """The field names at the top of a YAML document, repeated ones too, of which loading keeps the last."""
-    node = yaml.compose(text, Loader=yaml.SafeLoader)
-    return [_field_name(key.value) for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
-
-
-def _field_name(name: object) -> str:
-    return str(name).replace("-", "_")
-
-
-def _variable(name: str) -> str | None:
-    """The environment variable that sets `name`, if any: as pydantic-settings looks, in any case and not empty."""
-    wanted = f"{ENV_PREFIX}{name}".upper()
-    found = [variable for variable, value in os.environ.items() if variable.upper() == wanted and value]
-    return found[-1] if found else None
-
-
-def _contradiction(field: str, value: object, allowed: str) -> PydanticCustomError:
-    return PydanticCustomError(
-        "contradiction",
-        "{field}={value} is not possible: {allowed}",
-        {"field": _flag(field), "value": value, "allowed": allowed},
-    )
-
-
-def _one_line(detail: ErrorDetails, flags: Mapping[str, object]) -> str:
-    if detail["type"] == "contradiction":
-        return detail["msg"]
-    name = str(detail["loc"][0])
-    if detail["type"] == "extra_forbidden":
-        return f"{name!r} in the file of --config is no setting; see {PROGRAM} --help"
-    where = _flag(name) if name in flags else _variable(name) or f"{name} in the file of --config"
-    return f"{where}={detail['input']} is not possible: must be {_option(name).allowed}"
+    """Flags of all settings, grouped."""
+    return make_parser(Settings, (_SERVER, _MODEL, _MEMORY, _REQUESTS, _OPERATION))

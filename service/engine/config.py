@@ -5,6 +5,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# Memory of the page pool where nobody says how much, and no GPU.
+DEFAULT_POOL_BYTES = 2 << 30
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
@@ -17,7 +20,10 @@ class EngineConfig:
         device: `auto`, `cpu`, `cuda`, `cuda:1`, …
         backend: attention backend, `auto` or one that `trimkv_core.attention.select` knows.
         enforce_eager: no captured decode steps on a GPU, none that run ahead of the host.
-        kv_memory_bytes: memory of the page pool.
+        kv_memory_bytes: memory of the page pool; None: what a GPU has left, `DEFAULT_POOL_BYTES` elsewhere.
+        gpu_memory_utilization: share of a GPU's memory that a pool of unsaid size may fill, weights included; above 0
+            and up to 1.
+        kv_dtype: of stored keys and values: `auto` (the model's) or `fp8_e4m3`.
         block_size: entries a page.
         max_num_seqs: sequences running at once.
         max_model_len: tokens of prompt and answer together; None: what the base model allows.
@@ -35,7 +41,9 @@ class EngineConfig:
     device: str = "auto"
     backend: str = "auto"
     enforce_eager: bool = False
-    kv_memory_bytes: int = 2 << 30
+    kv_memory_bytes: int | None = None
+    gpu_memory_utilization: float = 0.9
+    kv_dtype: str = "auto"
     block_size: int = 16
     max_num_seqs: int = 64
     max_model_len: int | None = None

@@ -14,10 +14,18 @@ import tokenizers
 import torch
 
 from service.engine.admission import AdmissionLedger
-from service.engine.config import EngineConfig
+from service.engine.config import DEFAULT_POOL_BYTES, EngineConfig
 from service.engine.core import EngineCore
 from service.engine.interface import EngineObserver, ModelInfo
 from service.engine.mailbox import Dispatcher
+from service.engine.memory_sizing import (
+    CudaProbe,
+    LargestStep,
+    MemorySizingError,
+    profile_memory,
+    size_pool,
+    try_largest_step,
+)
 from service.engine.overlay_decoder import OverlayDecoder
 from service.engine.request import RequestState
 from service.engine.runner import AheadFactory, ModelRunner, PackedDecoder
@@ -26,9 +34,11 @@ from service.generation.chat_format import ChatFormat
 from service.generation.sampler import Sampler
 from trimkv_core.attention.base import AttentionBackend
 from trimkv_core.attention.select import select_backend
-from trimkv_core.budget import Budget, Geometry, Scope, Strategy
+from trimkv_core.budget import Budget, Geometry, Scope, Strategy, lane_pages
+from trimkv_core.byte_ledger import geometry_of
 from trimkv_core.checkpoint import read_config
 from trimkv_core.embedded import EMBEDDED_NAME
+from trimkv_core.fp8 import choose_kv_dtype, name_kv_dtype
 from trimkv_core.lean.decoder import LeanDecoder, make_lean_decoder
 from trimkv_core.models import TrimKVForCausalLM, find_gates, names_gates
 from trimkv_core.overlay import fix_rope
@@ -58,7 +68,7 @@ class LoadedEngine:
     _config: EngineConfig
     _decoder: PackedDecoder
     _backend: AttentionBackend[Any]
-    _dtype: torch.dtype
+    _kv_dtype: torch.dtype
     _device: torch.device
 
     def build_core(
@@ -72,7 +82,7 @@ class LoadedEngine:
             self.info.geometry,
             num_pages=self.info.pool_pages,
             max_num_seqs=config.max_num_seqs,
-            dtype=self._dtype,
+            dtype=self._kv_dtype,
             device=self._device,
             ahead=self._ahead_factory(),
         )
@@ -88,7 +98,7 @@ class LoadedEngine:
 
     def _ahead_factory(self) -> AheadFactory | None:
         """Decode steps that stay on the device, where everything they are made of is there."""
-        if self._config.enforce_eager or self._backend.name != "triton" or not isinstance(self._decoder, LeanDecoder):
+        if not _runs_ahead(self._config, self._backend, self._decoder) or not isinstance(self._decoder, LeanDecoder):
             return None
         from service.engine.ahead import ahead_factory
 
@@ -106,29 +116,32 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
     base, gates = _names(config)
     device = _choose_device(config.device)
     dtype = _choose_dtype(config.dtype, device)
-    logger.info("loading %s%s in %s on %s", base, f" with gates {gates}" if gates else "", _name(dtype), device)
-    model = TrimKVForCausalLM.from_base(base, gates=gates, dtype=dtype, device_map=str(device))
     try:
-        backend = select_backend(config.backend, device=device, dtype=dtype)
+        kv_dtype = choose_kv_dtype(config.kv_dtype, dtype)
+        backend = select_backend(config.backend, device=device, dtype=dtype, kv_dtype=kv_dtype)
     except ValueError as error:
         raise StartupError(str(error)) from error
+    logger.info("loading %s%s in %s on %s", base, f" with gates {gates}" if gates else "", _name(dtype), device)
+    model = _load_model(base, gates=gates, dtype=dtype, device=device)
     max_model_len = _choose_length(config.max_model_len, model.config.max_position_embeddings)
     rope_note = fix_rope(model, max_model_len)
-    geometry = Geometry(
-        num_layers=model.config.num_hidden_layers,
-        num_heads=model.config.num_key_value_heads,
-        head_dim=getattr(model.config, "head_dim", None)
-        or model.config.hidden_size // model.config.num_attention_heads,
-        block_size=config.block_size,
-        kv_itemsize=dtype.itemsize,
-    )
-    pages = config.kv_memory_bytes // geometry.page_bytes
-    ledger = AdmissionLedger(geometry, pages, prefill_chunk=config.prefill_chunk)
-    if pages <= ledger.lane + geometry.streams:
-        raise StartupError(
-            f"kv_memory={config.kv_memory_bytes} bytes is {pages} pages; the prefill chunk of {config.prefill_chunk} "
-            f"tokens alone takes {ledger.lane}: give more memory or a smaller prefill_chunk"
+    geometry = geometry_of(model.config, block_size=config.block_size, dtype=kv_dtype)
+    budget = _default_budget(config, model, has_gates=gates is not None)
+    vocab_size = model.config.vocab_size
+    # The model is not run any more where the lean step has its weights.
+    decoder = make_lean_decoder(model, frees_weights=True) or OverlayDecoder(model)
+    if config.kv_memory_bytes is None and device.type == "cuda":
+        step = LargestStep(
+            prefill_chunk=config.prefill_chunk,
+            max_num_seqs=config.max_num_seqs,
+            vocab_size=vocab_size,
+            itemsize=dtype.itemsize,
+            captured_steps=_count_captured(config, backend, decoder),
         )
+        pages = _fill_gpu(config, step, (decoder, backend, geometry), kv_dtype=kv_dtype, device=device)
+    else:
+        pages = _count_pages(config, geometry)
+    ledger = AdmissionLedger(geometry, pages, prefill_chunk=config.prefill_chunk)
     chat_format = ChatFormat.load(base)
     info = ModelInfo(
         model=base,
@@ -139,19 +152,75 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
         dtype=_name(dtype),
         device=str(device),
         max_model_len=max_model_len,
-        vocab_size=model.config.vocab_size,
+        vocab_size=vocab_size,
         geometry=geometry,
-        budget=_default_budget(config, model, has_gates=gates is not None),
+        budget=budget,
         trained_memory_size=model.config.memory_size if gates else None,
         eos_token_ids=_eos_token_ids(model, chat_format.tokenizer),
         sampling_defaults=_sampling_defaults(model),
         pool_pages=pages,
         pool_bytes=pages * geometry.page_bytes,
     )
-    # The model is not run any more where the lean step has its weights.
-    decoder = make_lean_decoder(model, frees_weights=True) or OverlayDecoder(model)
-    _announce(info, decoder.name, ledger, rope_note)
-    return LoadedEngine(info, chat_format.backend, ledger, config, decoder, backend, dtype, device)
+    _announce(info, decoder.name, ledger, kv_dtype=name_kv_dtype(kv_dtype), rope_note=rope_note)
+    return LoadedEngine(info, chat_format.backend, ledger, config, decoder, backend, kv_dtype, device)
+
+
+def _load_model(base: str, *, gates: str | None, dtype: torch.dtype, device: torch.device) -> Any:
+    try:
+        return TrimKVForCausalLM.from_base(base, gates=gates, dtype=dtype, device_map=str(device))
+    except torch.OutOfMemoryError as error:
+        free, total = torch.cuda.mem_get_info(device)
+        raise StartupError(
+            f"the weights of {base} in {_name(dtype)} do not fit {device}: {free / 2**30:.2f} of {total / 2**30:.2f} "
+            "GiB were left when they ran out; use a smaller model or dtype, or end what else runs on the GPU"
+        ) from error
+
+
+def _count_pages(config: EngineConfig, geometry: Geometry) -> int:
+    """Pages of a pool of the size that was said, or of the usual one."""
+    size = DEFAULT_POOL_BYTES if config.kv_memory_bytes is None else config.kv_memory_bytes
+    pages, lane = size // geometry.page_bytes, lane_pages(geometry, config.prefill_chunk)
+    if pages <= lane + geometry.streams:
+        raise StartupError(
+            f"kv_memory={size} bytes is {pages} pages; the prefill chunk of {config.prefill_chunk} tokens alone takes "
+            f"{lane}: give more memory or a smaller prefill_chunk"
+        )
+    return pages
+
+
+def _fill_gpu(
+    config: EngineConfig,
+    step: LargestStep,
+    parts: tuple[PackedDecoder, AttentionBackend[Any], Geometry],
+    *,
+    kv_dtype: torch.dtype,
+    device: torch.device,
+) -> int:
+    """Pages that a GPU has room for beside the loaded model."""
+    decoder, backend, geometry = parts
+    try:
+        profile = profile_memory(
+            CudaProbe(device),
+            lambda: try_largest_step(decoder, backend, geometry, step, dtype=kv_dtype, device=device),
+        )
+        size = size_pool(profile, geometry, step, utilization=config.gpu_memory_utilization)
+    except MemorySizingError as error:
+        raise StartupError(str(error)) from error
+    logger.info("kv_memory=auto: %s", size.explanation)
+    return size.pages
+
+
+def _runs_ahead(config: EngineConfig, backend: AttentionBackend[Any], decoder: PackedDecoder) -> bool:
+    return not config.enforce_eager and backend.name == "triton" and isinstance(decoder, LeanDecoder)
+
+
+def _count_captured(config: EngineConfig, backend: AttentionBackend[Any], decoder: PackedDecoder) -> int:
+    """Decode steps that will be captured: of every batch size, one that is greedy and one that draws."""
+    if not _runs_ahead(config, backend, decoder):
+        return 0
+    from trimkv_core.decode_program import batch_sizes
+
+    return 2 * len(batch_sizes(config.max_num_seqs))
 
 
 def _names(config: EngineConfig) -> tuple[str, str | None]:
@@ -239,15 +308,16 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _announce(info: ModelInfo, decoder: str, ledger: AdmissionLedger, rope_note: str | None) -> None:
+def _announce(info: ModelInfo, decoder: str, ledger: AdmissionLedger, *, kv_dtype: str, rope_note: str | None) -> None:
     geometry = info.geometry
     logger.info(
-        "model %s, gates %s, %s step, attention backend %s, %s on %s, context %d tokens",
+        "model %s, gates %s, %s step, attention backend %s, %s (KV %s) on %s, context %d tokens",
         info.model,
         info.gates or "none (dense only)",
         decoder,
         info.backend,
         info.dtype,
+        kv_dtype,
         info.device,
         info.max_model_len,
     )

@@ -136,6 +136,21 @@ def test_float32_needs_more(model: str) -> None:
     assert counts(run_plan([*arguments, "--dtype", "float32"]), "dense") < counts(run_plan(arguments), "dense")
 
 
+def test_8_bit_entries_with_their_scales_fit_nearly_twice_as_often(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_4B))
+    arguments = ["--model", str(tmp_path), "--memory", "80GB", "--kv-budget", "512", "--bandwidth", "4.3TB/s"]
+    plain, scaled = (run_plan([*arguments, *extra]) for extra in ([], ["--kv-dtype", "fp8_e4m3"]))
+    assert "bfloat16 (KV fp8_e4m3), up to" in scaled
+    assert "KV" not in plain.splitlines()[0].replace("KV heads", "")
+    assert "one entry 520 bytes" in plain
+    assert "one entry 272 bytes" in scaled
+    assert counts(scaled, "512*")[0] / counts(plain, "512*")[0] == pytest.approx(520 / 272, rel=0.01)
+    at_64 = [float(limits(text)["512*"][2].replace(",", "")) for text in (plain, scaled)]
+    assert 1.2 < at_64[1] / at_64[0] < 520 / 272
+    with pytest.raises(SystemExit):
+        run_plan([*arguments, "--kv-dtype", "int4"])
+
+
 @pytest.mark.parametrize(
     ("extra", "part"),
     [(["--memory", "100KiB"], "--memory="), (["--memory", "1GB", "--gates", "/nowhere"], "--gates=/nowhere")],

@@ -23,7 +23,8 @@ def test_the_defaults_are_the_contracts() -> None:
     settings = load_settings([])
     assert (settings.host, settings.port, settings.model) == ("127.0.0.1", 8000, "embedded")
     assert (settings.max_num_seqs, settings.max_queue_requests, settings.max_queue_tokens) == (64, 256, 1_000_000)
-    assert (settings.kv_memory, settings.default_max_tokens, settings.watchdog_seconds) == (2 << 30, 1024, 300)
+    assert (settings.kv_memory, settings.default_max_tokens, settings.watchdog_seconds) == (None, 1024, 300)
+    assert (settings.kv_dtype, settings.gpu_memory_utilization, settings.enforce_eager) == ("auto", 0.9, False)
     assert settings.engine_config() == EngineConfig()
 
 
@@ -60,6 +61,12 @@ def test_what_is_no_size_is_refused(text: str) -> None:
         ("--port", "x"),
         ("--kv-memory", "2Q"),
         ("--kv-memory", "5"),
+        ("--gpu-memory-utilization", "0"),
+        ("--gpu-memory-utilization", "1.01"),
+        ("--gpu-memory-utilization", "nan"),
+        ("--gpu-memory-utilization", "90%"),
+        ("--kv-dtype", "fp8"),
+        ("--enforce-eager", "maybe"),
         ("--block-size", "257"),
         ("--dtype", "int4"),
         ("--device", "tpu"),
@@ -127,6 +134,22 @@ def test_a_setting_said_twice_in_a_file_is_refused(second: str, tmp_path: Path) 
         load_settings(["--config", str(file)])
 
 
+@pytest.mark.parametrize("text", ["auto", "Auto", " auto "])
+def test_a_pool_of_unsaid_size_is_the_engines_to_size(text: str, tmp_path: Path) -> None:
+    assert load_settings(["--kv-memory", text]).engine_config().kv_memory_bytes is None
+    assert load_settings(["--kv-memory", "3GiB"]).engine_config().kv_memory_bytes == 3 << 30
+    file = tmp_path / "serve.yaml"
+    file.write_text(f"kv-memory: {text}\ngpu-memory-utilization: 0.5\n")
+    config = load_settings(["--config", str(file)]).engine_config()
+    assert (config.kv_memory_bytes, config.gpu_memory_utilization) == (None, 0.5)
+
+
+def test_the_engine_is_told_of_the_type_of_entries_and_of_eager_steps() -> None:
+    config = load_settings(["--kv-dtype", "fp8_e4m3", "--enforce-eager"]).engine_config()
+    assert (config.kv_dtype, config.enforce_eager) == ("fp8_e4m3", True)
+    assert load_settings(["--no-enforce-eager"]).engine_config().enforce_eager is False
+
+
 def test_the_engine_is_told_of_the_cap() -> None:
     assert load_settings(["--max-kv-budget", "32"]).engine_config().max_kv_budget == 32
 
@@ -168,7 +191,7 @@ def test_help_names_every_setting_with_its_default() -> None:
     for name, field in Settings.model_fields.items():
         assert f"--{name.replace('_', '-')}" in text
         assert field.description
-    assert "(default: 2GiB)" in text
+    assert "2GiB on a CPU (default: auto)" in " ".join(text.split())
     assert "a,b" in text
 
 
