@@ -105,6 +105,11 @@ class NumbaBackend(AttentionBackend[NumbaPlan]):
         )
 
     def append(self, plan: NumbaPlan, layer: int, key: Tensor, value: Tensor, log_beta: Tensor | None) -> None:
+        if key.requires_grad or value.requires_grad:
+            raise RuntimeError("backend 'numba' computes no gradients: run it under torch.no_grad(), or use 'torch'")
+        if key.dtype != plan.pool.dtype or value.dtype != plan.pool.dtype:
+            # Bits are copied as they are: of another type they would be numbers, only wrong ones.
+            raise ValueError(f"pages of {plan.pool.dtype} cannot take {key.dtype} keys and {value.dtype} values")
         kernels.append(
             plan.key,
             plan.value,

@@ -33,7 +33,7 @@ def use_threads(count: int) -> int:
     return bounded
 
 
-@numba.njit(parallel=True, cache=True)
+@numba.njit(parallel=True, nogil=True, cache=True)
 def append(key, value, log_beta, position, slots, own_key, own_value, own_log_beta, own_position):
     """Write a layer's entries.
 
@@ -71,7 +71,7 @@ def _fetch_page(storage, page, count, is_ready, width, buffer):
     return buffer.ctypes.data
 
 
-@numba.njit(parallel=True, cache=True, fastmath=_FAST)
+@numba.njit(parallel=True, nogil=True, cache=True, fastmath=_FAST)
 def decode(
     key,
     value,
@@ -141,12 +141,13 @@ def decode(
                     following = arena[listed + first // block + 1]
                     key_address, value_address = key[following].ctypes.data, value[following].ctypes.data
                     for line in range(0, page_bytes, _LINE_BYTES):
-                        fetch_ahead(key_address + line)
-                        fetch_ahead(value_address + line)
+                        fetch_ahead(key_address + np.uintp(line))
+                        fetch_ahead(value_address + np.uintp(line))
                 key_rows = _fetch_page(key, page, count, is_ready, width, keys)
                 for i in range(count):
+                    key_row = key_rows + np.uintp(4 * i * width)
                     for member in range(group):
-                        logits[member, i] = dot(asked[member].ctypes.data, key_rows + 4 * i * width, width) * scale
+                        logits[member, i] = dot(asked[member].ctypes.data, key_row, width) * scale
                 if oldest >= 0:
                     for i in range(count):
                         if position[page, i] <= oldest:
@@ -171,7 +172,7 @@ def decode(
                 for lane in range(0, width, LANES):
                     slice_ = mixed[0, lane:].ctypes.data
                     multiply_rows(
-                        value_rows + 4 * lane,
+                        value_rows + np.uintp(4 * lane),
                         width,
                         logits.ctypes.data,
                         block,
@@ -189,7 +190,7 @@ def decode(
                     out[row, head * group + member, d] = share
 
 
-@numba.njit(parallel=True, cache=True)
+@numba.njit(parallel=True, nogil=True, cache=True)
 def pack_seen(key, value, position, arena, first_page, lengths, own_key, own_value, own_position, keys, values, places):
     """Lay what a chunk sees of one layer side by side for the tiles: the entries held, then the chunk's own.
 
@@ -227,7 +228,7 @@ def pack_seen(key, value, position, arena, first_page, lengths, own_key, own_val
                     values[head, d // LANES, at, d % LANES] = 0
 
 
-@numba.njit(parallel=True, cache=True, fastmath=_FAST)
+@numba.njit(parallel=True, nogil=True, cache=True, fastmath=_FAST)
 def prefill(keys, values, places, lengths, query, query_position, scale, window, threads, counter, out):
     """Every token of a chunk over what `pack_seen` has packed, causally.
 

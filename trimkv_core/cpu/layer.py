@@ -70,7 +70,7 @@ class Buffers(NamedTuple):
     active: np.ndarray
 
 
-@numba.njit(cache=True)
+@numba.njit(nogil=True, cache=True)
 def before_attention(weights, buffers, hidden, cos, sin):
     """Fill `query`, `key`, `value` (normed, rotated) and `log_beta` from hidden states, float32 [T, E]."""
     rms_norm(hidden, weights.input_norm, weights.norm_eps, buffers.normed)
@@ -97,7 +97,7 @@ def before_attention(weights, buffers, hidden, cos, sin):
     log_sigmoid(buffers.gate_heads, buffers.log_beta)
 
 
-@numba.njit(cache=True)
+@numba.njit(nogil=True, cache=True)
 def after_attention(weights, buffers, mixed, hidden):
     """Add the attention's output and the MLP to hidden states in place: float32 [T, H·G·D], [T, E]."""
     multiply(weights.output, mixed, hidden, True)

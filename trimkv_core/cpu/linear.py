@@ -54,7 +54,7 @@ def pack_linear(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> P
     return Packed(panels.numpy(), start.numpy())
 
 
-@numba.njit(parallel=True, cache=True)
+@numba.njit(parallel=True, nogil=True, cache=True)
 def multiply(layer, x, out, adds):
     """out = x · Wᵀ + bias, or that added to what `out` holds.
 

@@ -30,7 +30,7 @@ def _norm_factor(row, width, eps):
     return np.float32(1.0) / np.float32(math.sqrt(total / np.float32(width) + eps))
 
 
-@numba.njit(parallel=True, cache=True, fastmath=_FAST)
+@numba.njit(parallel=True, nogil=True, cache=True, fastmath=_FAST)
 def rms_norm(x, weight, eps, out):
     """out = x / √(mean x² + eps) · weight: float32 [T, E], [E], number, [T, E]."""
     rows, width = x.shape
@@ -40,7 +40,7 @@ def rms_norm(x, weight, eps, out):
             out[row, i] = weight[i] * (x[row, i] * factor)
 
 
-@numba.njit(parallel=True, cache=True, fastmath=_FAST)
+@numba.njit(parallel=True, nogil=True, cache=True, fastmath=_FAST)
 def rotate(projected, cos, sin, query_norm, key_norm, eps, query, key, value):
     """Take query, key and value of a fused projection apart, norm them per head if asked, and rotate (RoPE).
 
@@ -78,7 +78,7 @@ def rotate(projected, cos, sin, query_norm, key_norm, eps, query, key, value):
                 value[row, head - query_heads, i] = projected[row, moved + i]
 
 
-@numba.njit(parallel=True, cache=True, fastmath=_FAST)
+@numba.njit(parallel=True, nogil=True, cache=True, fastmath=_FAST)
 def silu_multiply(gate_up, out):
     """out = silu(gate) · up: float32 [T, ≥ 2·I with gate first], [T, I]."""
     rows, width = out.shape
@@ -88,7 +88,7 @@ def silu_multiply(gate_up, out):
             out[row, i] = gate * _sigmoid(gate) * gate_up[row, width + i]
 
 
-@numba.njit(parallel=True, cache=True, fastmath=_FAST)
+@numba.njit(parallel=True, nogil=True, cache=True, fastmath=_FAST)
 def silu(x, first, out):
     """out = silu of `out`'s width of columns of x from `first` on: float32 [T, …], number, [T, I]."""
     rows, width = out.shape
@@ -98,7 +98,7 @@ def silu(x, first, out):
             out[row, i] = value * _sigmoid(value)
 
 
-@numba.njit(cache=True)
+@numba.njit(nogil=True, cache=True)
 def log_sigmoid(x, out):
     """out = log σ(x), as exact as float32 is, of `out`'s columns: float32 [T, ≥ H], [T, H]."""
     rows, heads = out.shape
