@@ -168,7 +168,7 @@ class Driver:
     def _copy(self, stream: Stream, *, shift: int) -> Stream:
         snapshot = self.table.snapshot(stream.row)
         moved = replace(snapshot, seen=snapshot.seen + shift, position=snapshot.position + shift)
-        row = self.table.restore(moved)
+        row = self.table.restore(moved, page_capacity=self.pages(stream.budget))
         return replace(stream, row=row, looked_at=stream.looked_at + shift)
 
     def stop(self, streams: Sequence[Stream]) -> None:

@@ -116,18 +116,17 @@ class DecodeProgram:
         self._graphs: dict[Chooser, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
     @torch.inference_mode()
-    def capture(self, choosers: Sequence[Chooser], memory: Any) -> None:
-        """Record the step with each of `choosers`, in graph memory `memory`. Padding only: no row changes."""
+    def capture(self, choosers: Sequence[Chooser], memory: Any, stream: torch.cuda.Stream) -> None:
+        """Record the step with each of `choosers` in graph memory `memory`, on `stream`; with padding only."""
         self._rows.fill_(self._table.null_row)
         for choose in choosers:
-            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(_WARM_UPS):
                     self._compute(choose)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=memory):
+            with torch.cuda.graph(graph, pool=memory, stream=stream, capture_error_mode="thread_local"):
                 chosen = self._compute(choose)
             self._graphs[choose] = (graph, chosen)
 
@@ -166,7 +165,7 @@ class PendingTokens:
         if chosen.is_cuda:
             self._host = torch.empty(chosen.shape, dtype=chosen.dtype, pin_memory=True)
             self._host.copy_(chosen, non_blocking=True)
-            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             self._event.record()
         else:
             self._host = chosen.clone()
@@ -217,8 +216,10 @@ class DecodePrograms:
     def capture(self, choosers: Callable[[int], Sequence[Chooser]]) -> None:
         """Record all programs, the largest first so that the smaller ones fit its memory; `choosers` by batch size."""
         memory = torch.cuda.graph_pool_handle()  # one for all: only one of them runs at a time
+        # One stream as well: libraries keep a workspace for each.
+        stream = torch.cuda.Stream(self._last_tokens.device)  # type: ignore[no-untyped-call]
         for size in reversed(self.sizes):
-            self._programs[size].capture(choosers(size), memory)
+            self._programs[size].capture(choosers(size), memory, stream)
         logger.info("captured decode steps of %s sequences", ", ".join(map(str, self.sizes)))
 
     def size_for(self, count: int) -> int:

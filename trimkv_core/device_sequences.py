@@ -84,10 +84,22 @@ class DeviceSequenceTable(SequenceTable):
         self._tell_starts()
         return batch
 
-    def restore(self, snapshot: SequenceSnapshot) -> int:
-        row = super().restore(snapshot)
+    def restore(self, snapshot: SequenceSnapshot, *, page_capacity: int = 0) -> int:
+        row = super().restore(snapshot, page_capacity=page_capacity)
         self._tell_seen([row])
         return row
+
+    def reset(self) -> None:
+        """Make every row free; the pool has been reset. Captured work goes on with the same tensors."""
+        memory = self.memory
+        for tensor in (memory.lengths, memory.seen, memory.starts):
+            tensor.zero_()
+        for row in self._rows:
+            self.page_lists.close(row)
+        self._rows.clear()
+        self._promised.clear()
+        self._free_rows = list(range(self.null_row - 1, -1, -1))
+        self._known_starts = []
 
     def add_decoded(self, rows: Tensor, *, slots: Tensor, first_page: Tensor, position: Tensor) -> None:
         """Make room for one token of each row, on the device only: may be captured.
@@ -115,8 +127,14 @@ class DeviceSequenceTable(SequenceTable):
         """As the base class; without waiting where what remains is known beforehand."""
         if all(_is_plain(budget) for _, budget in due):
             results: dict[int, Eviction] = {}
-            for scope in Scope:
-                results |= self._evict_plain([(row, budget) for row, budget in due if budget.scope is scope], scope)
+            groups: dict[tuple[Scope, int], list[tuple[int, Budget]]] = {}
+            for row, budget in due:
+                # The kernels take as much scratch for every row as for the longest: rows of one group are at most
+                # twice as long as each other.
+                size = self._rows[row].held.bit_length()
+                groups.setdefault((budget.scope, size), []).append((row, budget))
+            for (scope, _), members in groups.items():
+                results |= self._evict_plain(members, scope)
             evictions = [results[row] for row, _ in due]
         else:
             evictions = super().evict(due)
@@ -125,8 +143,8 @@ class DeviceSequenceTable(SequenceTable):
         return evictions
 
     def _evict_plain(self, due: Sequence[tuple[int, Budget]], scope: Scope) -> dict[int, Eviction]:
-        if not due:
-            return {}
+        for row, _ in due:
+            self._rows[row].pages = None  # before anything can fail half-way
 
         def column(values: list[int]) -> Tensor:
             return to_device(values, torch.int32, self.pool.device)

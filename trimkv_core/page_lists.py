@@ -56,7 +56,11 @@ class PageLists:
         pages = self.arena[region.start : region.start + used].clone()
         self.close(row)
         # Room to spare costs nothing where the arena grows with it; in a fixed one it is another row's.
-        self.open(row, capacity if self._is_fixed else max(capacity, 2 * region.capacity))
+        try:
+            self.open(row, capacity if self._is_fixed else max(capacity, 2 * region.capacity))
+        except RuntimeError:
+            self._regions[row] = region
+            raise
         start = self.start(row)
         self.arena[start : start + used] = pages
 

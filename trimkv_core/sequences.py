@@ -117,9 +117,10 @@ class SequenceTable:
             if not self._can_grow:
                 raise RuntimeError(f"all {self.lengths.shape[0]} sequence rows are in use")
             self._add_rows()
-        row = self._free_rows.pop()
-        self._rows[row] = _Row()
+        row = self._free_rows[-1]
         self.page_lists.open(row, page_capacity)
+        self._free_rows.pop()
+        self._rows[row] = _Row()
         self.lengths[row] = 0
         return row
 
@@ -139,6 +140,13 @@ class SequenceTable:
         self.pool.release(pages)
         self.page_lists.close(row)
         self._free_rows.append(row)
+
+    def reset(self) -> None:
+        """Make every row free; the pool has been reset."""
+        for row in self._rows:
+            self.page_lists.close(row)
+        self._rows.clear()
+        self._free_rows = list(range(self.lengths.shape[0] - 1, -1, -1))
 
     # ---- figures -------------------------------------------------------------------------------------------------
 
@@ -359,8 +367,12 @@ class SequenceTable:
             peak=self._rows[row].peak,
         )
 
-    def restore(self, snapshot: SequenceSnapshot) -> int:
+    def restore(self, snapshot: SequenceSnapshot, *, page_capacity: int = 0) -> int:
         """Open a row that holds what `snapshot` holds.
+
+        Args:
+            snapshot: of any table of the same geometry.
+            page_capacity: pages it is expected to hold at most; what the snapshot holds if that is more.
 
         Raises:
             PoolExhausted: too few pages are free. Nothing has changed then.
@@ -369,7 +381,7 @@ class SequenceTable:
         lengths = snapshot.lengths.long()[None]
         pages = -(-lengths // self.geometry.block_size)
         count, held, longest = (int(value) for value in (pages.sum(), lengths.sum(), lengths.max()))
-        row = self.open(count)
+        row = self.open(max(count, page_capacity))
         try:
             fresh = self._take(count)
         except PoolExhausted:

@@ -201,6 +201,8 @@ class EngineCore:
             launched = StepInFlight(tuple(states), tokens, usage)
         self._settle()
         self._in_flight = launched
+        if not states:
+            return
         self._observer.on_step(
             duration_seconds=time.monotonic() - started,
             prefill_tokens=0,
@@ -350,7 +352,7 @@ class EngineCore:
                 if state.row is not None:
                     self._fail(state, "the engine failed while computing this answer; it may be sent again")
             self.runner.table.check_invariants()
-        except (InvariantError, RuntimeError, IndexError) as broken:
+        except (InvariantError, RuntimeError, LookupError) as broken:
             self._restart(broken)
 
     def _restart(self, broken: Exception) -> None:
@@ -396,4 +398,7 @@ def _feed_of(state: RequestState, tokens: int) -> Feed:
 
 def _is_device_error(error: BaseException) -> bool:
     """A lost accelerator: nothing on it can be used again in this process."""
-    return isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError)
+    if isinstance(error, torch.OutOfMemoryError):
+        return False
+    # Triton has no exception of its own for a launch that fails.
+    return isinstance(error, torch.AcceleratorError) or "Triton Error [CUDA]" in str(error)

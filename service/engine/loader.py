@@ -115,6 +115,9 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
     """
     base, gates = _names(config)
     device = _choose_device(config.device)
+    if device.type == "cuda":
+        # The current device belongs to a thread, and this is the engine's: streams, graphs and kernels go there.
+        torch.cuda.set_device(device)
     dtype = _choose_dtype(config.dtype, device)
     try:
         kv_dtype = choose_kv_dtype(config.kv_dtype, dtype)
@@ -323,6 +326,12 @@ def _announce(info: ModelInfo, decoder: str, ledger: AdmissionLedger, *, kv_dtyp
     )
     if rope_note:
         logger.info("%s", rope_note)
+    if info.backend == "numba":
+        from trimkv_core.cpu.threads import threading_note
+
+        note = threading_note()
+        if note is not None:
+            logger.warning("%s", note)
     logger.info(
         "pool: %d pages of %d entries, %.2f GiB; %d layers x %d KV heads, %d bytes an entry",
         info.pool_pages,

@@ -19,14 +19,15 @@ from torch import Tensor
 from service.generation.sampler import SamplingState
 from trimkv_core.attention.base import AttentionBackend, LayerStep, PagedStep
 from trimkv_core.batches import Segment
-from trimkv_core.budget import Budget, Geometry
+from trimkv_core.budget import Budget, Geometry, Scope
 from trimkv_core.pages import PagePool
 from trimkv_core.sequences import Eviction, SequenceTable
 from trimkv_core.transfers import to_device
 
 logger = logging.getLogger(__name__)
 
-_WARM_UP_TOKENS = 4
+# Compilers treat multiples of 16 apart, and prefill chunks are such.
+_WARM_UP_TOKENS = 16
 _NOTICEABLE_SECONDS = 2.0
 
 
@@ -105,20 +106,18 @@ class ModelRunner:
         """
         self._decoder = decoder
         self._backend = backend
-        self._max_num_seqs = max_num_seqs
-        self._ahead_factory = ahead
         self._pool = PagePool(geometry, num_pages, dtype=dtype, device=device)
-        self.rebuild()
+        self.table: SequenceTable
+        self.ahead: AheadRunner | None = None
+        if ahead is None:
+            self.table = SequenceTable(self._pool, max_num_seqs)
+        else:
+            self.table, self.ahead = ahead(self._pool, max_num_seqs)
 
     def rebuild(self) -> None:
         """Start over with an empty pool in the memory of the old one; every row is gone."""
         self._pool.reset()
-        self.table: SequenceTable
-        self.ahead: AheadRunner | None = None
-        if self._ahead_factory is None:
-            self.table = SequenceTable(self._pool, self._max_num_seqs)
-        else:
-            self.table, self.ahead = self._ahead_factory(self._pool, self._max_num_seqs)
+        self.table.reset()
 
     @torch.inference_mode()
     def forward(self, feeds: Sequence[Feed]) -> Tensor:
@@ -154,15 +153,19 @@ class ModelRunner:
     def warm_up(self) -> None:
         """Take every kind of step once, so that nothing is compiled while a request waits; leaves no trace."""
         started = time.monotonic()
-        budget = Budget(memory_size=1, buffer_size=1)
-        pages = budget.ceiling_pages(self._pool.geometry, total_tokens=_WARM_UP_TOKENS, forward_tokens=_WARM_UP_TOKENS)
+        budgets = [Budget(memory_size=1, buffer_size=1, scope=scope) for scope in Scope]
+        budget = budgets[0]
+        pages = budget.ceiling_pages(
+            self._pool.geometry, total_tokens=3 * _WARM_UP_TOKENS, forward_tokens=_WARM_UP_TOKENS + 2
+        )
         if pages > self._pool.num_free:
             return
         row = self.open(pages)
         try:
-            self.forward([Feed(row, (0,) * (_WARM_UP_TOKENS - 1), wants_logits=True)])
-            self.evict([(row, budget)])
-            self.forward([Feed(row, (0,), wants_logits=True)])
+            for cut in budgets:
+                self.forward([Feed(row, (0,) * _WARM_UP_TOKENS, wants_logits=True)])
+                self.evict([(row, cut)])
+                self.forward([Feed(row, (0,), wants_logits=True)])
         finally:
             self.close(row)
         seconds = time.monotonic() - started

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from service.generation.drawing import Filters, choose_best, draw_among_best
+from service.generation.drawing import Filters, best_ids, choose_best, draw_among_best
 from service.generation.sampler import CANDIDATES, SamplingState
 from trimkv_core.transfers import to_device
 
@@ -80,7 +80,10 @@ class DeviceSampler:
                 min_p=min_p.float(),
                 uniform=uniform,
             )
-            drawn = draw_among_best(logits.float(), filters, candidates=candidates, is_nucleus=False)
+            wide = logits.float()
+            # Equal logits at the edge of the candidates would leave the row undecided, and nobody here looks again.
+            best = best_ids(wide, candidates)
+            drawn = draw_among_best(wide, filters, candidates=candidates, is_nucleus=False, ids=best)
             return torch.where(greedy[:, 0] > 0, choose_best(logits), drawn)
 
         return _Batch(columns, choose_best, draw)

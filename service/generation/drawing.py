@@ -53,7 +53,17 @@ def draw_plain(logits: Tensor, filters: Filters) -> Tensor:
     return torch.where(is_valid, index, NOTHING)[:, 0]
 
 
-def draw_among_best(logits: Tensor, filters: Filters, *, candidates: int, is_nucleus: bool) -> Tensor:
+def best_ids(logits: Tensor, candidates: int) -> Tensor:
+    """The ids of the C best of each row of float32 [R, V], of equal logits the lower ids: int64 [R, C]."""
+    bits = logits.contiguous().view(torch.int32).to(torch.int64)
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # as integers they compare as the floats do
+    ids = torch.arange(logits.shape[-1], device=logits.device)
+    return ((ordered << 32) | (0x7FFFFFFF - ids)).topk(candidates, dim=-1).indices
+
+
+def draw_among_best(
+    logits: Tensor, filters: Filters, *, candidates: int, is_nucleus: bool, ids: Tensor | None = None
+) -> Tensor:
     """A token of each row of [R, V] from its C best, `UNDECIDED` where the filters may keep more: int64 [R].
 
     Args:
@@ -61,8 +71,13 @@ def draw_among_best(logits: Tensor, filters: Filters, *, candidates: int, is_nuc
         filters: of the rows.
         candidates: C; every `top_k` that is not off is below it.
         is_nucleus: whether `top_k` is off in all rows; otherwise it is on in all.
+        ids: of the C best as `best_ids` finds them; with a `top_k` in all rows nothing is undecided then.
     """
-    values, ids = logits.topk(candidates, dim=-1)
+    is_exact = ids is not None and not is_nucleus
+    if ids is None:
+        values, ids = logits.topk(candidates, dim=-1)
+    else:
+        values = logits.gather(-1, ids)
     best = values[:, :1]
     mass = _weigh(logits, best, filters).sum(dim=-1, keepdim=True, dtype=torch.float64) if is_nucleus else None
     ids, by_id = ids.sort(dim=-1)
@@ -70,7 +85,9 @@ def draw_among_best(logits: Tensor, filters: Filters, *, candidates: int, is_nuc
     index, is_valid = _draw(kept.weights, filters)
     # Nothing outside is above `edge`: what is kept is all there if it is above, or if weights end before.
     is_decided = (kept.last > kept.edge) | kept.has_weightless | (candidates == logits.shape[-1])
-    token = torch.where(is_decided, ids.gather(-1, index), UNDECIDED)
+    token = ids.gather(-1, index)
+    if not is_exact:
+        token = torch.where(is_decided, token, UNDECIDED)
     return torch.where(is_valid, token, NOTHING)[:, 0]
 
 

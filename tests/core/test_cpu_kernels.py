@@ -1,4 +1,4 @@
-"""The CPU kernels one by one: against float64, against the models' own modules, and to the last bit against themselves."""
+"""The CPU kernels one by one: against float64, the models' own modules, and to the last bit against themselves."""
 
 from __future__ import annotations
 
@@ -246,8 +246,10 @@ def test_rotate_takes_a_projection_apart_as_the_models_do(dim: int, rotated: int
     projected = normal(tokens, (query_heads + 2 * heads) * dim + rest)
     angles = torch.randn(tokens, rotated // 2, generator=generator(3)) * 100
     cos, sin = torch.cat([angles, angles], -1).cos(), torch.cat([angles, angles], -1).sin()
-    query, key, value = torch.from_numpy(projected)[:, : (query_heads + 2 * heads) * dim].unflatten(1, (-1, dim)).split(
-        (query_heads, heads, heads), 1
+    query, key, value = (
+        torch.from_numpy(projected)[:, : (query_heads + 2 * heads) * dim]
+        .unflatten(1, (-1, dim))
+        .split((query_heads, heads, heads), 1)
     )
     none = np.zeros(0, np.float32)
     query_norm, key_norm = none, none
@@ -263,7 +265,7 @@ def test_rotate_takes_a_projection_apart_as_the_models_do(dim: int, rotated: int
         np.testing.assert_allclose(found, wanted.numpy(), rtol=1e-5, atol=2e-6)
 
 
-# ---- attention's corner -----------------------------------------------------------------------------------------------
+# ---- attention's corner --------------------------------------------------------------------------------------------
 
 
 def test_a_stream_without_entries_attends_to_nothing() -> None:
@@ -281,7 +283,7 @@ def test_a_stream_without_entries_attends_to_nothing() -> None:
     np.testing.assert_allclose(out[0, 2:], (logits.softmax(-1).numpy() @ pages[2, :3]), rtol=1e-5, atol=1e-6)
 
 
-# ---- compiled code and threads -------------------------------------------------------------------------------------------
+# ---- compiled code and threads -------------------------------------------------------------------------------------
 
 
 def test_the_folder_of_compiled_kernels_is_named_after_their_sources(tmp_path: Path) -> None:
@@ -298,7 +300,7 @@ def test_kernels_are_kept_there_and_numbas_setting_is_left_alone() -> None:
     sources = Path(cpu.__file__).parent
     for kernel in (linear.multiply, attention.decode, attention.prefill, pointwise.rotate):
         assert cpu._cache_name(sources) in Path(kernel.stats.cache_path).parts
-    assert numba.config.CACHE_DIR == os.environ.get("NUMBA_CACHE_DIR", "")
+    assert os.environ.get("NUMBA_CACHE_DIR", "") == numba.config.CACHE_DIR
 
 
 def test_the_users_own_folder_for_numba_is_used_under_a_name_of_ours(
@@ -326,7 +328,8 @@ def test_without_a_writable_cache_kernels_go_to_a_passing_folder_and_a_line_says
 def test_an_operator_without_openmp_is_told_what_to_install() -> None:
     environment = os.environ | {"NUMBA_THREADING_LAYER": "workqueue"}
     program = "from trimkv_core.cpu.threads import threading_note; print(threading_note())"
-    answer = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", program]
+    answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert "libgomp1" in answer.stdout
     assert answer.stdout.count("\n") == 1
 

@@ -110,15 +110,13 @@ shapes = st.builds(
 )
 
 
-# ---- against the reference -------------------------------------------------------------------------------------------
+# ---- against the reference -----------------------------------------------------------------------------------------
 
 
 @settings(max_examples=40, deadline=None)
 @given(
     shape=shapes,
-    rounds=st.lists(
-        st.lists(st.sampled_from([0, 1, 1, 1, *CHUNKS]), min_size=4, max_size=4), min_size=1, max_size=5
-    ),
+    rounds=st.lists(st.lists(st.sampled_from([0, 1, 1, 1, *CHUNKS]), min_size=4, max_size=4), min_size=1, max_size=5),
     memory=st.integers(1, 12),
     window=st.sampled_from([None, None, 1, 4, 40]),
     seed=st.integers(0, 10_000),
@@ -164,7 +162,7 @@ def test_the_streams_of_these_tests_are_ragged_and_some_are_empty() -> None:
     assert lengths.max() > 12
 
 
-# ---- alone and in company ----------------------------------------------------------------------------------------------
+# ---- alone and in company ------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -264,7 +262,7 @@ def test_the_number_of_threads_changes_no_bit(shape: Shape, torch_threads: None)
         assert torch.equal(one, two)
 
 
-# ---- what is no number stays where it is -------------------------------------------------------------------------------
+# ---- what is no number stays where it is ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["query", "key", "value"])
@@ -302,7 +300,7 @@ def test_what_others_left_in_pages_and_scratch_is_never_read(shape: Shape, chunk
     assert table.pool.key.isnan().any()
 
 
-# ---- what it refuses ---------------------------------------------------------------------------------------------------
+# ---- what it refuses -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -324,7 +322,7 @@ def test_pages_of_another_type_are_refused_before_anything_is_written() -> None:
     shape = Shape(4, 8, 1, torch.float16)
     table = shape.table(1)
     fed = Fed.draw(shape, 3, torch.Generator().manual_seed(0))
-    with pytest.raises(ValueError, match="serves float32 and bfloat16 on CPUs, not torch.float16"):
+    with pytest.raises(ValueError, match=r"serves float32 and bfloat16 on CPUs, not torch\.float16"):
         attend(NumbaBackend(), table, [(table.open(4), fed)])
 
 
@@ -332,7 +330,7 @@ def test_pages_of_another_type_are_refused_before_anything_is_written() -> None:
 def test_keys_of_another_type_than_the_pages_are_refused(pages: torch.dtype, keys: torch.dtype) -> None:
     table = Shape(4, 8, 1, pages).table(1)
     fed = Fed.draw(Shape(4, 8, 1, keys), 3, torch.Generator().manual_seed(0))
-    with pytest.raises(ValueError, match="pages of torch.* cannot take torch"):
+    with pytest.raises(ValueError, match=r"pages of torch.* cannot take torch"):
         attend(NumbaBackend(), table, [(table.open(4), fed)])
 
 

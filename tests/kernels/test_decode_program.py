@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from tests.core.test_lean import geometry_of
 from tests.core.tiny import load as load_tiny
 from trimkv_core.attention.base import PagedStep
 from trimkv_core.attention.select import select_backend
 from trimkv_core.batches import Segment
 from trimkv_core.budget import Budget, Scope, Strategy
+from trimkv_core.byte_ledger import geometry_of
 from trimkv_core.decode_program import DecodePrograms, batch_sizes
 from trimkv_core.device_sequences import DeviceSequenceTable
+from trimkv_core.fp8 import FP8
 from trimkv_core.lean.decoder import LeanDecoder
 from trimkv_core.lean.families import read_decoder
 from trimkv_core.lean.torch_ops import TorchOps
@@ -71,17 +72,19 @@ class Drive:
 
 
 @pytest.mark.parametrize("ops", [TorchOps, TritonOps])
-@pytest.mark.parametrize("model", ["qwen3/4", "qwen3/1", "phi3/4", "phi3/1", "qwen2-window/5"])
+@pytest.mark.parametrize("model", ["qwen3/4", "qwen3/1", "phi3/4", "phi3/1", "qwen2-window/5", "qwen3/4/fp8"])
 def test_steps_on_the_device_are_the_reference(tmp_path: Path, model: str, ops: Any, device: torch.device) -> None:
-    family, block_size = model.split("/")
+    family, block_size, *fp8 = model.split("/")
     _, loaded = load_tiny(tmp_path, family)
     loaded.to(device)
-    geometry, modules = geometry_of(loaded, int(block_size)), read_decoder(loaded)
+    kv_dtype = FP8 if fp8 else torch.float32
+    geometry = geometry_of(loaded.config, block_size=int(block_size), dtype=kv_dtype)
+    modules = read_decoder(loaded)
     assert modules is not None
     prompts = [torch.randint(3, 60, (n,), generator=torch.Generator().manual_seed(n)) for n in PROMPTS]
 
     def pool() -> PagePool:
-        return PagePool(geometry, 400, dtype=torch.float32, device=device)
+        return PagePool(geometry, 400, dtype=kv_dtype, device=device)
 
     plain = Drive(LeanDecoder(modules, TorchOps(modules)), SequenceTable(pool(), 4), select_backend("torch"))
     tokens = [plain.prefill(prompts)]
@@ -92,6 +95,8 @@ def test_steps_on_the_device_are_the_reference(tmp_path: Path, model: str, ops: 
     ahead = Drive(decoder, table, select_backend("triton"))
     found = [ahead.prefill(prompts)]
     programs = DecodePrograms(decoder, table, max_rows=6, num_query_heads=modules.num_query_heads)
+    if device.type == "cuda":
+        programs.capture(lambda _size: (choose,))
     programs.set_last_tokens(ahead.rows, found[0])
     pending = []
     for _ in range(STEPS):  # nobody reads a token before the last step

@@ -54,9 +54,11 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> tuple[LoadedEngine, Loa
         max_num_seqs=6,
     )
     model = TrimKVForCausalLM.from_pretrained(str(folder / "gates"), dtype=torch.float32)
+    loaded = load_engine(config)
+    model.to(loaded._device)
     modules = read_decoder(model)
     assert modules is not None
-    waits = dataclasses.replace(load_engine(config), _decoder=LeanDecoder(modules, TorchOps(modules)))
+    waits = dataclasses.replace(loaded, _decoder=LeanDecoder(modules, TorchOps(modules)))
     return waits, dataclasses.replace(waits, _backend=TritonBackend())
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from trimkv_core.attention.base import AttentionBackend
-from trimkv_core.attention.varlen import PackedPlan, PackedPrefill, select_varlen
+from trimkv_core.attention.varlen import PackedPlan, PackedPrefill
 from trimkv_core.batches import StepBatch
 from trimkv_core.kernels.append import append
 from trimkv_core.kernels.decode import choose_splits, decode_attention, workspace_for
@@ -47,6 +47,8 @@ class PoolMemory:
             position=pool.position,
             arena=table.page_lists.arena,
             lengths=table.lengths,
+            key_scale=pool.key_scale,
+            value_scale=pool.value_scale,
         )
 
 
@@ -81,12 +83,10 @@ class TritonBackend(AttentionBackend[TritonPlan]):
     name = "triton"
 
     def __init__(self) -> None:
-        self._prefill: PackedPrefill | None = None
+        self._prefill = PackedPrefill()
 
     def plan(self, table: SequenceTable, batch: StepBatch) -> TritonPlan:
         count, streams, device = batch.num_decode, table.geometry.streams, table.pool.device
-        if self._prefill is None:
-            self._prefill = PackedPrefill(select_varlen(device, table.pool.dtype, table.geometry.head_dim))
         rows = [segment.row for segment in batch.segments[:count]]
         pages = sum(batch.row_pages[:count]) // max(count * streams, 1)
         return TritonPlan(
@@ -132,7 +132,7 @@ class TritonBackend(AttentionBackend[TritonPlan]):
                 splits=splits,
                 workspace=workspace_for(*query[:count].shape, splits=splits, device=query.device),
             )
-        if plan.prefill is not None and self._prefill is not None:
+        if plan.prefill is not None:
             out[count:] = self._prefill.attend(plan.prefill, layer, query[count:], scale=scale, window=window)
         return out
 

@@ -237,8 +237,8 @@ def fused(context, a, b, c):
 def exp(x):
     """eˣ in float32 for x ≤ 0, within 2 units in the last place; 0 below -87. Straight-line, so that loops vectorise.
 
-    x = n·ln 2 + r with |r| ≤ ln 2 / 2; the polynomial is 1 + r + r²·q(r), q fitted to the least largest error, 2⁻²⁸. ln 2
-    is taken off in two parts, by `fused`: a kernel with fast arithmetic would make them one and lose two bits.
+    x = n·ln 2 + r with |r| ≤ ln 2 / 2; the polynomial is 1 + r + r²·q(r), q fitted to the least largest error, 2⁻²⁸.
+    ln 2 is taken off in two parts, by `fused`: a kernel with fast arithmetic would make them one and lose two bits.
     """
     bounded = max(x, np.float32(-87.0))
     n = np.floor(bounded * np.float32(1.4426950408889634) + np.float32(0.5))

@@ -26,7 +26,8 @@ def _quantise(entry):
     return entry / scale[:, None], scale
 
 
-@triton.jit
+# One kernel for chunks of every length.
+@triton.jit(do_not_specialize=["num_tokens", "slots_by_head"])
 def _append(
     slots,
     slots_by_head,

@@ -77,7 +77,8 @@ class LeanDecoder:
 
 def _free(layer: LayerModules) -> None:
     """Drop the weights that are packed now: a module that is run by mistake fails instead of answering wrongly."""
-    for linear in (*layer.attention, layer.output, *layer.mlp, layer.down):
+    first = () if layer.gate is None else (layer.gate.linear1,)
+    for linear in (*layer.attention, *first, layer.output, *layer.mlp, layer.down):
         linear.weight = nn.Parameter(linear.weight.new_empty(0), requires_grad=False)
 
 
