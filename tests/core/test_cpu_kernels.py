@@ -47,7 +47,7 @@ def threads() -> Iterator[None]:
     numba.set_num_threads(before)
 
 
-# ---- products ----------------------------------------------------------------------------------------------------
+# ---- products --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("adds", [False, True])
@@ -124,7 +124,7 @@ def test_threads_are_bounded_by_what_there_is(threads: None) -> None:
     assert attention.use_threads(10**6) == numba.config.NUMBA_NUM_THREADS
 
 
-# ---- exp and what is made of it ------------------------------------------------------------------------------------
+# ---- exp and what is made of it --------------------------------------------------------------------------------------
 
 
 @numba.njit(fastmath={"reassoc", "contract", "nsz", "arcp"})
@@ -208,7 +208,7 @@ def test_log_sigmoid_is_precise_where_almost_nothing_is_forgotten() -> None:
     assert np.argwhere(np.isnan(out)).tolist() == [[0, 2]]
 
 
-# ---- norm and rotation ---------------------------------------------------------------------------------------------
+# ---- norm and rotation -----------------------------------------------------------------------------------------------
 
 
 def norm_module(size: int, eps: float) -> Any:
@@ -265,7 +265,7 @@ def test_rotate_takes_a_projection_apart_as_the_models_do(dim: int, rotated: int
         np.testing.assert_allclose(found, wanted.numpy(), rtol=1e-5, atol=2e-6)
 
 
-# ---- attention's corner --------------------------------------------------------------------------------------------
+# ---- attention's corner ----------------------------------------------------------------------------------------------
 
 
 def test_a_stream_without_entries_attends_to_nothing() -> None:
@@ -283,7 +283,7 @@ def test_a_stream_without_entries_attends_to_nothing() -> None:
     np.testing.assert_allclose(out[0, 2:], (logits.softmax(-1).numpy() @ pages[2, :3]), rtol=1e-5, atol=1e-6)
 
 
-# ---- compiled code and threads -------------------------------------------------------------------------------------
+# ---- compiled code and threads ---------------------------------------------------------------------------------------
 
 
 def test_the_folder_of_compiled_kernels_is_named_after_their_sources(tmp_path: Path) -> None:

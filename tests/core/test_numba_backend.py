@@ -110,7 +110,7 @@ shapes = st.builds(
 )
 
 
-# ---- against the reference -----------------------------------------------------------------------------------------
+# ---- against the reference -------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=40, deadline=None)
@@ -162,7 +162,7 @@ def test_the_streams_of_these_tests_are_ragged_and_some_are_empty() -> None:
     assert lengths.max() > 12
 
 
-# ---- alone and in company ------------------------------------------------------------------------------------------
+# ---- alone and in company --------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -262,7 +262,7 @@ def test_the_number_of_threads_changes_no_bit(shape: Shape, torch_threads: None)
         assert torch.equal(one, two)
 
 
-# ---- what is no number stays where it is ---------------------------------------------------------------------------
+# ---- what is no number stays where it is -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["query", "key", "value"])
@@ -300,7 +300,7 @@ def test_what_others_left_in_pages_and_scratch_is_never_read(shape: Shape, chunk
     assert table.pool.key.isnan().any()
 
 
-# ---- what it refuses -----------------------------------------------------------------------------------------------
+# ---- what it refuses -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
