@@ -45,11 +45,11 @@ class _Chunk:
 class _OwnTokens:
     """A chunk's share of a layer's tensors: query and mixed [T, H·G, D], key and value [T, H, D], float32."""
 
+    tokens: slice
     query: Array
     key: Array
     value: Array
     mixed: Array
-    tokens: slice
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +156,8 @@ class NumbaBackend(AttentionBackend[NumbaPlan]):
             )
         for chunk in plan.chunks:
             tokens = slice(chunk.start, chunk.stop)
-            own = _OwnTokens(*(states.numpy()[tokens] for states in (asked, own_key, own_value, mixed)), tokens)
+            parts = [states.numpy()[tokens] for states in (asked, own_key, own_value, mixed)]
+            own = _OwnTokens(tokens, *parts)
             self._attend_chunk(plan, chunk, layer, own, numbers)
         return mixed.to(query.dtype)
 
@@ -192,7 +193,7 @@ class NumbaBackend(AttentionBackend[NumbaPlan]):
         """float32 arrays of these sizes, in memory that is kept from layer to layer."""
         if self._scratch.numel() < sum(sizes):
             self._scratch = torch.zeros(sum(sizes))
-        return [part.numpy() for part in self._scratch[: sum(sizes)].split(sizes)]
+        return [part.numpy() for part in torch.split(self._scratch[: sum(sizes)], list(sizes))]
 
 
 _NO_GATE = np.zeros((0, 0), np.float32)

@@ -84,7 +84,7 @@ class TorchOps:
         projected = layer.projection(_rms_norm(hidden, layer.input_norm))
         columns = (self._num_query_heads + 2 * self._num_heads) * self._head_dim
         heads = projected[:, :columns].view(hidden.shape[0], -1, self._head_dim)
-        query, key, value = heads.split((self._num_query_heads, self._num_heads, self._num_heads), 1)
+        query, key, value = torch.split(heads, [self._num_query_heads, self._num_heads, self._num_heads], 1)
         if layer.query_norm is not None:
             query = _rms_norm(query, layer.query_norm)
         if layer.key_norm is not None:
