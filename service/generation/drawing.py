@@ -55,7 +55,8 @@ def draw_plain(logits: Tensor, filters: Filters) -> Tensor:
 
 def best_ids(logits: Tensor, candidates: int) -> Tensor:
     """The ids of the C best of each row of float32 [R, V], of equal logits the lower ids: int64 [R, C]."""
-    bits = logits.contiguous().view(torch.int32).to(torch.int64)
+    # Adding 0 makes -0 a 0: they are equal, but their bits are not.
+    bits = (logits + 0.0).contiguous().view(torch.int32).to(torch.int64)
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # as integers they compare as the floats do
     ids = torch.arange(logits.shape[-1], device=logits.device)
     return ((ordered << 32) | (0x7FFFFFFF - ids)).topk(candidates, dim=-1).indices
