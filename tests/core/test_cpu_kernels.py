@@ -39,12 +39,12 @@ def padded(outputs: int) -> int:
     return -(-outputs // LANES) * LANES
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def threads() -> Iterator[None]:
-    """Give this thread's kernels their number of threads back."""
-    before = numba.get_num_threads()
+    """As many threads as torch has, whatever a test before has asked for."""
+    attention.use_threads(torch.get_num_threads())
     yield
-    numba.set_num_threads(before)
+    attention.use_threads(torch.get_num_threads())
 
 
 # ---- products --------------------------------------------------------------------------------------------------------
@@ -107,7 +107,7 @@ def test_a_row_that_is_no_number_spoils_no_other() -> None:
         assert np.array_equal(found[others], out[others])
 
 
-def test_the_number_of_threads_changes_no_bit(threads: None) -> None:
+def test_the_number_of_threads_changes_no_bit() -> None:
     if attention.use_threads(2) < 2:
         pytest.skip("one processor")
     layer = linear.pack_linear([torch.randn(200, 64)], [None])
@@ -119,7 +119,7 @@ def test_the_number_of_threads_changes_no_bit(threads: None) -> None:
     assert np.array_equal(*results)
 
 
-def test_threads_are_bounded_by_what_there_is(threads: None) -> None:
+def test_threads_are_bounded_by_what_there_is() -> None:
     assert attention.use_threads(0) == 1
     assert attention.use_threads(10**6) == numba.config.NUMBA_NUM_THREADS
 
@@ -325,13 +325,26 @@ def test_without_a_writable_cache_kernels_go_to_a_passing_folder_and_a_line_says
     assert str(tmp_path / "file" / "home") in caplog.text
 
 
+def run_python(program: str, **environment: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | environment, capture_output=True, text=True, check=True
+    )
+    return result.stdout
+
+
 def test_an_operator_without_openmp_is_told_what_to_install() -> None:
-    environment = os.environ | {"NUMBA_THREADING_LAYER": "workqueue"}
     program = "from trimkv_core.cpu.threads import threading_note; print(threading_note())"
-    command = [sys.executable, "-c", program]
-    answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert "libgomp1" in answer.stdout
-    assert answer.stdout.count("\n") == 1
+    answer = run_python(program, NUMBA_THREADING_LAYER="workqueue")
+    assert "libgomp1" in answer
+    assert answer.count("\n") == 1
+
+
+def test_torch_keeps_its_number_of_threads_when_numba_starts_its_own() -> None:
+    program = (
+        "import torch; from trimkv_core.cpu.attention import use_threads; from trimkv_core.cpu.threads import *;"
+        "before = torch.get_num_threads(); use_threads(99); threading_note(); print(before, torch.get_num_threads())"
+    )
+    assert run_python(program, OMP_NUM_THREADS="1").split() == ["1", "1"]
 
 
 def test_with_openmp_there_is_nothing_to_say() -> None:

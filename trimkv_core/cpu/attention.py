@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import numba
 import numpy as np
+import torch
 from numba import prange
 
 from trimkv_core.cpu.vector import LANES, dot, exp, fetch_ahead, multiply_rows, next_number, widen
@@ -27,9 +28,16 @@ BLOCK_TOKENS = 48
 
 
 def use_threads(count: int) -> int:
-    """Run this thread's kernels on `count` threads, or on as many as numba has; returns how many."""
+    """Run this thread's kernels on `count` threads, or on as many as numba has; returns how many.
+
+    To be called before a thread's first kernel: numba starts its pool then, and with OpenMP that gives the starting
+    thread's torch as many threads as there are processors, whatever $OMP_NUM_THREADS says.
+    """
+    of_torch = torch.get_num_threads()
     bounded: int = max(1, min(count, numba.config.NUMBA_NUM_THREADS))
     numba.set_num_threads(bounded)
+    if torch.get_num_threads() != of_torch:
+        torch.set_num_threads(of_torch)
     return bounded
 
 

@@ -10,11 +10,13 @@ import numba
 import numpy as np
 import torch
 
+from trimkv_core.cpu.attention import use_threads
 from trimkv_core.cpu.linear import multiply, pack_linear
 
 
 def threading_note() -> str | None:
     """One line for the operator where launches are slow; None where they are not. Runs a kernel to find out."""
+    use_threads(torch.get_num_threads())
     layer = pack_linear([torch.zeros(1, 1)], [None])
     multiply(layer, np.zeros((1, 1), np.float32), np.zeros((1, layer.panels.shape[2]), np.float32), False)
     if numba.threading_layer() != "workqueue":
