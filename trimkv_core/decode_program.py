@@ -19,7 +19,7 @@ from torch import Tensor
 
 from trimkv_core.device_sequences import DeviceSequenceTable
 from trimkv_core.kernels.append import append
-from trimkv_core.kernels.decode import DecodeWorkspace, choose_splits, decode_attention, workspace_for
+from trimkv_core.kernels.decode import DecodeWorkspace, choose_splits, decode_attention, multiprocessors, workspace_for
 from trimkv_core.lean.decoder import LeanDecoder
 from trimkv_core.transfers import to_device
 
@@ -102,7 +102,7 @@ class DecodeProgram:
         self._last_tokens = last_tokens
         self._rows = torch.full((size,), table.null_row, dtype=torch.int32, device=device)
         slots = torch.zeros(geometry.streams, size, dtype=torch.int32, device=device)
-        splits = choose_splits(size, geometry.num_heads, _num_sms(device), _PAGES_GUESS)
+        splits = choose_splits(size, geometry.num_heads, multiprocessors(device), _PAGES_GUESS)
         self._slots = slots
         self._step = _DeviceStep(
             table=table,
@@ -240,7 +240,3 @@ def batch_sizes(max_rows: int) -> tuple[int, ...]:
     """1, 2, 4, 8, then multiples of 8 up to 64 and of 32 above, and `max_rows` itself."""
     sizes = {1, 2, 4, *range(8, 65, 8), *range(96, max_rows + 1, 32), max_rows}
     return tuple(sorted(size for size in sizes if size <= max_rows))
-
-
-def _num_sms(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

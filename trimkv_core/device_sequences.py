@@ -90,15 +90,11 @@ class DeviceSequenceTable(SequenceTable):
         return row
 
     def reset(self) -> None:
-        """Make every row free; the pool has been reset. Captured work goes on with the same tensors."""
-        memory = self.memory
-        for tensor in (memory.lengths, memory.seen, memory.starts):
+        """As the base class; captured work goes on with the same tensors."""
+        super().reset()
+        for tensor in (self.memory.lengths, self.memory.seen, self.memory.starts):
             tensor.zero_()
-        for row in self._rows:
-            self.page_lists.close(row)
-        self._rows.clear()
         self._promised.clear()
-        self._free_rows = list(range(self.null_row - 1, -1, -1))
         self._known_starts = []
 
     def add_decoded(self, rows: Tensor, *, slots: Tensor, first_page: Tensor, position: Tensor) -> None:
@@ -115,12 +111,7 @@ class DeviceSequenceTable(SequenceTable):
     def note_decoded(self, rows: Sequence[int]) -> None:
         """Tell the host's mirror of a decode step of `rows` that the device has been given."""
         for row in rows:
-            state = self._rows[row]
-            state.seen += 1
-            state.held += self.geometry.streams
-            state.longest += 1
-            state.pages = None
-            state.peak = max(state.peak, state.held)
+            self._rows[row].feed(1, streams=self.geometry.streams, pages=None)
         self.pool.note_device_change()
 
     def evict(self, due: Sequence[tuple[int, Budget]]) -> list[Eviction]:
@@ -172,7 +163,6 @@ class DeviceSequenceTable(SequenceTable):
             state.held = streams * state.longest
         else:
             state.held = min(before, streams * memory)
-        state.pages = None
         return Eviction(row, before - state.held, state.held)
 
     def _tell_seen(self, rows: list[int]) -> None:

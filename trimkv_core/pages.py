@@ -200,6 +200,18 @@ class PagePool:
             rows = as_rows(storage)
             rows.index_copy_(0, slots, getattr(entries, name).view(rows.dtype))
 
+    def write_layer(self, slots: Tensor, key: Tensor, value: Tensor, log_beta: Tensor | None, position: Tensor) -> None:
+        """Write what a layer computes for T tokens.
+
+        Args:
+            slots: int64 [H·T], head after head.
+            key, value: [T, H, D].
+            log_beta: float32 [T, H]; None where no gate scores the entries.
+            position: int32 [H·T].
+        """
+        keys, values = (states.transpose(0, 1).flatten(0, 1) for states in (key, value))
+        self.write(slots, keys, values, None if log_beta is None else log_beta.t().flatten(), position)
+
     def move(self, source: Tensor, target: Tensor) -> None:
         """Copy entries from slots to other slots: int64 [E] each; no slot is in both."""
         for storage in self._storages().values():

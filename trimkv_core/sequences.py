@@ -68,6 +68,14 @@ class _Row:
     pages: int | None = 0
     peak: int = 0
 
+    def feed(self, tokens: int, *, streams: int, pages: int | None) -> None:
+        """Take note of `tokens` more tokens in every stream, and of the pages held then."""
+        self.seen += tokens
+        self.held += tokens * streams
+        self.longest += tokens
+        self.pages = pages
+        self.peak = max(self.peak, self.held)
+
 
 @dataclass(frozen=True, slots=True)
 class _PageEnumeration:
@@ -94,6 +102,7 @@ class SequenceTable:
         self.page_lists = PageLists(device=pool.device)
         self.lengths = torch.zeros(max_sequences, self.geometry.streams, dtype=torch.int32, device=pool.device)
         self._can_grow = can_grow
+        self._num_rows = max_sequences
         self._rows: dict[int, _Row] = {}
         self._free_rows = list(range(max_sequences - 1, -1, -1))
 
@@ -115,7 +124,7 @@ class SequenceTable:
         """
         if not self._free_rows:
             if not self._can_grow:
-                raise RuntimeError(f"all {self.lengths.shape[0]} sequence rows are in use")
+                raise RuntimeError(f"all {self._num_rows} sequence rows are in use")
             self._add_rows()
         row = self._free_rows[-1]
         self.page_lists.open(row, page_capacity)
@@ -126,8 +135,9 @@ class SequenceTable:
 
     @torch.inference_mode(False)
     def _add_rows(self) -> None:
-        count = self.lengths.shape[0]
+        count = self._num_rows
         self.lengths = torch.cat([self.lengths, torch.zeros_like(self.lengths)])
+        self._num_rows = 2 * count
         self._free_rows = list(range(2 * count - 1, count - 1, -1))
 
     def close(self, row: int, *, scrub: bool = False) -> None:
@@ -146,7 +156,7 @@ class SequenceTable:
         for row in self._rows:
             self.page_lists.close(row)
         self._rows.clear()
-        self._free_rows = list(range(self.lengths.shape[0] - 1, -1, -1))
+        self._free_rows = list(range(self._num_rows - 1, -1, -1))
 
     # ---- figures -------------------------------------------------------------------------------------------------
 
@@ -227,12 +237,7 @@ class SequenceTable:
         page = self.page_lists.arena[first_page.t()[:, segment_of_token] + index // block].long()
         seen = torch.tensor([self._rows[segment.row].seen for segment in segments], device=device)
         for segment, pages in zip(segments, row_pages, strict=True):
-            state = self._rows[segment.row]
-            state.seen += segment.tokens
-            state.held += segment.tokens * geometry.streams
-            state.longest += segment.tokens
-            state.pages = pages
-            state.peak = max(state.peak, state.held)
+            self._rows[segment.row].feed(segment.tokens, streams=geometry.streams, pages=pages)
         shape = (len(segments), layers, heads)
         return StepBatch(
             segments=tuple(segments),

@@ -118,10 +118,12 @@ class EngineCore:
         self._admit()
         plan = self.scheduler.plan()
         try:
-            if self._in_flight is not None and not self._can_run_ahead(plan):
+            runs_ahead = self._can_run_ahead(plan)
+            if self._in_flight is not None and not runs_ahead:
                 self._settle()
                 plan = self.scheduler.plan()
-            if self._can_run_ahead(plan):
+                runs_ahead = self._can_run_ahead(plan)
+            if runs_ahead:
                 self._run_ahead(plan)
             elif plan.work:
                 self._run(plan)
@@ -346,10 +348,8 @@ class EngineCore:
             raise EngineBroken(f"the device failed: {error}") from error
         in_flight, self._in_flight = self._in_flight, None
         try:
-            for state in {
-                id(state): state for state in (*plan.states, *(in_flight.states if in_flight else ()))
-            }.values():
-                if state.row is not None:
+            for state in (*plan.states, *(in_flight.states if in_flight else ())):
+                if state.row is not None:  # in both, or ended: failed once
                     self._fail(state, "the engine failed while computing this answer; it may be sent again")
             self.runner.table.check_invariants()
         except (InvariantError, RuntimeError, LookupError) as broken:

@@ -106,13 +106,7 @@ class TorchBackend(AttentionBackend[TorchPlan]):
         )
 
     def append(self, plan: TorchPlan, layer: int, key: Tensor, value: Tensor, log_beta: Tensor | None) -> None:
-        plan.pool.write(
-            plan.slots[layer],
-            key.transpose(0, 1).flatten(0, 1),
-            value.transpose(0, 1).flatten(0, 1),
-            None if log_beta is None else log_beta.t().flatten(),
-            plan.position,
-        )
+        plan.pool.write_layer(plan.slots[layer], key, value, log_beta, plan.position)
 
     def attend(
         self,

@@ -9,7 +9,6 @@ Letters: S segments, L layers, H KV heads, G query heads a KV head, T tokens, D 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from trimkv_core.attention.base import AttentionBackend
 from trimkv_core.attention.varlen import PackedPlan, PackedPrefill
 from trimkv_core.batches import StepBatch
 from trimkv_core.kernels.append import append
-from trimkv_core.kernels.decode import choose_splits, decode_attention, workspace_for
+from trimkv_core.kernels.decode import choose_splits, decode_attention, multiprocessors, workspace_for
 from trimkv_core.sequences import SequenceTable
 from trimkv_core.transfers import to_device
 
@@ -96,7 +95,7 @@ class TritonBackend(AttentionBackend[TritonPlan]):
             num_heads=table.geometry.num_heads,
             rows=to_device(rows, torch.int64, device),
             first_page=batch.first_page[:count].flatten(1),
-            splits=choose_splits(count, table.geometry.num_heads, _num_sms(device), pages),
+            splits=choose_splits(count, table.geometry.num_heads, multiprocessors(device), pages),
             prefill=self._prefill.plan(table, batch),
         )
 
@@ -135,9 +134,3 @@ class TritonBackend(AttentionBackend[TritonPlan]):
         if plan.prefill is not None:
             out[count:] = self._prefill.attend(plan.prefill, layer, query[count:], scale=scale, window=window)
         return out
-
-
-@cache
-def _num_sms(device: torch.device) -> int:
-    """Multiprocessors of `device`; 1 for a CPU that interprets."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -15,6 +15,7 @@ Letters: N rows, H KV heads, G query heads a KV head, S streams of a row, D head
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -47,6 +48,12 @@ class DecodeWorkspace:
 
     partial: Tensor
     weight: Tensor
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many `device` has; 1 for a CPU that interprets."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def choose_splits(num_rows: int, num_heads: int, num_sms: int, pages_guess: int) -> int:
