@@ -1,0 +1,65 @@
+"""Evictions acted out in training drop what an eviction of the server would drop."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trimkv_core.budget import Budget, Scope
+from trimkv_core.retention import EntryView, Look, survivors
+from trimkv_core.training.evictions import EvictionRule, eviction_lines, eviction_table
+
+
+def served(log_beta: torch.Tensor, rule: EvictionRule) -> list[torch.Tensor]:
+    """What stays after every eviction by the rules that serve: bool [N, T] each."""
+    streams, tokens = log_beta.shape
+    budget = Budget(
+        memory_size=round(rule.memory_size),
+        buffer_size=1,
+        num_sink_tokens=rule.num_sink_tokens,
+        scope=Scope.GLOBAL if rule.is_global else Scope.LOCAL,
+    )
+    held = torch.zeros(streams, tokens, dtype=torch.bool)
+    result = [held.clone()]
+    for seen in range(rule.interval, tokens, rule.interval):
+        held[:, seen - rule.interval : seen] = True
+        stream, position = held.nonzero(as_tuple=True)
+        if budget.is_due(before=0, seen=seen, held=int(held.sum()), longest=int(held.sum(1).max()), streams=streams):
+            view = EntryView(log_beta[stream, position], position.int(), torch.zeros_like(stream), stream, held.sum(1))
+            keep = survivors(view, [Look(budget, seen)])
+            held[stream[~keep], position[~keep]] = False
+        result.append(held.clone())
+    return result
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(0, 10_000),
+    st.integers(5, 40),
+    st.sampled_from([0, 3]),
+    st.booleans(),
+    st.integers(20, 150),
+)
+def test_what_lies_below_the_line_is_what_the_server_drops(
+    seed: int, memory: int, sinks: int, is_global: bool, tokens: int
+) -> None:
+    log_beta = -(torch.rand(4, tokens, generator=torch.Generator().manual_seed(seed)) ** 4)
+    rule = EvictionRule(memory_size=memory, interval=16, num_sink_tokens=sinks, is_global=is_global, softness=1e-4)
+    table = eviction_table(log_beta, eviction_lines(log_beta, rule), rule)
+    for nth, wanted in enumerate(served(log_beta, rule)):
+        seen = nth * rule.interval
+        # The entry that draws the line lies on it: κ·w·log 2 of bias.
+        got = table[:, nth, :seen] > -1e-3
+        assert torch.equal(got, wanted[:, :seen]), nth
+        assert (table[:, nth, seen:] == 0.0).all()
+
+
+def test_gradients_reach_what_was_dropped() -> None:
+    log_beta = (-torch.rand(3, 100, generator=torch.Generator().manual_seed(0))).requires_grad_()
+    rule = EvictionRule(memory_size=10, interval=20)
+    lines = eviction_lines(log_beta.detach(), rule)
+    eviction_table(log_beta, lines, rule).sum().backward()
+    assert log_beta.grad is not None
+    assert torch.isfinite(log_beta.grad).all()
+    assert (log_beta.grad[:, :60] > 0).float().mean() > 0.9

@@ -1,0 +1,1 @@
+"""Training of retention gates: the losses, the data and `trimkv-train`."""

@@ -1,0 +1,104 @@
+"""Evictions acted out in training: which entries a hard budget would drop, and how far each is from the line.
+
+The papers train with a decay that fades with age, and serve with evictions that are sharp. Here the budget itself is
+acted out, at the intervals and with the pinned sinks of serving: at each eviction the M·L·H best entries define a line,
+and an entry's bias says by how much, in the logarithm of its score, it falls short of it. Knows no model.
+
+Letters: N streams, T tokens of one document, K evictions.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_SMALLEST = 1e-30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvictionRule:
+    """How evictions are acted out.
+
+    Attributes:
+        memory_size: M, entries a stream right after an eviction.
+        interval: tokens between evictions.
+        num_sink_tokens: first positions that are pinned.
+        is_global: one budget over all streams, or one for each.
+        sharpness: κ, nats of bias for a score e times too far from the line.
+        softness: width, in the logarithm of the score, of the passage from kept to dropped.
+    """
+
+    memory_size: float
+    interval: int = 64
+    num_sink_tokens: int = 0
+    is_global: bool = True
+    sharpness: float = 4.0
+    softness: float = 0.2
+
+
+def eviction_lines(log_beta: Tensor, rule: EvictionRule) -> Tensor:
+    """The lines log|score| that entries must stay below to be kept, at every eviction of one document.
+
+    Args:
+        log_beta: float32 [N, T], without gradient.
+        rule: see `EvictionRule`.
+
+    Returns:
+        float32 [K, N] (the same for all streams under a global budget), +inf where everything fits; K = ⌈T/interval⌉,
+        row 0 before the first eviction.
+    """
+    streams, tokens = log_beta.shape
+    depth = _log_magnitude(log_beta)
+    lines = log_beta.new_full((-(-tokens // rule.interval), streams), math.inf)
+    is_held = torch.ones_like(depth, dtype=torch.bool)
+    for nth in range(1, lines.shape[0]):
+        seen = nth * rule.interval
+        score = torch.where(is_held[:, :seen], _scores(depth[:, :seen], seen, rule), math.inf)
+        limit = round(rule.memory_size * (streams if rule.is_global else 1))
+        ranked = score.reshape(1, -1) if rule.is_global else score
+        if limit >= ranked.shape[1]:
+            continue
+        line = ranked.kthvalue(limit, dim=1, keepdim=True).values
+        if bool(torch.isposinf(line).all()):
+            continue
+        lines[nth] = line[:, 0]
+        is_held[:, :seen] &= score <= line
+    return lines
+
+
+def eviction_table(log_beta: Tensor, lines: Tensor, rule: EvictionRule) -> Tensor:
+    """Biases of every entry after every eviction, for `EvictionBias`: float32 [N, K, T], at most 0.
+
+    An entry that was dropped stays dropped: the worst shortfall so far counts.
+
+    Args:
+        log_beta: float32 [N, T], with gradient.
+        lines: of `eviction_lines`; float32 [K, N].
+        rule: see `EvictionRule`.
+    """
+    tokens = log_beta.shape[1]
+    depth = _log_magnitude(log_beta)
+    evictions = torch.arange(lines.shape[0], device=lines.device, dtype=lines.dtype) * rule.interval
+    age = evictions[:, None] + 1.0 - torch.arange(tokens, device=lines.device, dtype=lines.dtype)
+    shortfall = depth[:, None] + age.clamp(min=1.0).log() - lines.t()[:, :, None]
+    is_safe = age <= 1.0
+    is_safe[:, : rule.num_sink_tokens] = True
+    shortfall = shortfall.masked_fill(is_safe, -math.inf).cummax(1).values
+    return -rule.sharpness * rule.softness * F.softplus(shortfall / rule.softness)
+
+
+def _log_magnitude(log_beta: Tensor) -> Tensor:
+    """log|log β|: as linear in the gate's output as log β is not."""
+    return log_beta.neg().clamp(min=_SMALLEST).log()
+
+
+def _scores(depth: Tensor, seen: int, rule: EvictionRule) -> Tensor:
+    """log|log β · age| of all entries after `seen` tokens; -inf for pins."""
+    age = seen + 1.0 - torch.arange(seen, device=depth.device, dtype=depth.dtype)
+    return (depth + age.log()).index_fill(
+        1, torch.arange(min(rule.num_sink_tokens, seen), device=depth.device), -math.inf
+    )

@@ -1,0 +1,208 @@
+"""One training step's loss: the passes it takes, and what they are compared by.
+
+Letters: L layers, H KV heads, R rows, T tokens a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from trimkv_core.overlay import LayerAttention
+from trimkv_core.training.attention import Bias, Decay, EvictionBias
+from trimkv_core.training.batch import PackedBatch
+from trimkv_core.training.capacity import capacity_overrun, join_overruns
+from trimkv_core.training.evictions import EvictionRule, eviction_lines, eviction_table
+from trimkv_core.training.gated_model import (
+    BiasMaker,
+    Document,
+    GatedDecoder,
+    LayerRecord,
+    attend_documents,
+    documents_of,
+)
+from trimkv_core.training.losses import IGNORED, LossKind, TokenLosses, blocked_token_losses, layer_loss
+from trimkv_core.training.retention_sums import retention_sums
+from trimkv_core.training.shapes import DecayShape
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Objective:
+    """What one step minimises.
+
+    Attributes:
+        loss: see `LossKind`.
+        capacity_weight: of the capacity hinge; without meaning where evictions are acted out.
+        memory_size: M the hinge asks for, entries a stream.
+        is_global: one budget over all streams, or one for each.
+        num_sink_tokens: first positions of a document that neither fade nor are dropped.
+        shape: of the decay.
+        evictions: acts evictions out in place of the decay; None: the papers' recipe.
+        logit_block: tokens whose logits are held at once.
+    """
+
+    loss: LossKind = LossKind.FWKL_NTP
+    capacity_weight: float = 1.0
+    memory_size: float = 512.0
+    is_global: bool = True
+    num_sink_tokens: int = 0
+    shape: DecayShape = field(default_factory=DecayShape)
+    evictions: EvictionRule | None = None
+    logit_block: int = 256
+
+
+@dataclass(frozen=True, slots=True)
+class StepLoss:
+    """A step's loss and its parts, all scalars; only `total` has a gradient.
+
+    Attributes:
+        total: what is minimised.
+        kl, ntp: of `TokenLosses`; `kl` is the layers' loss for `LossKind.LAYER`.
+        capacity: the hinge, unweighted; 0 where evictions are acted out.
+        soft_size: mean retention sum at the documents' ends, entries a stream; 0 where evictions are acted out.
+    """
+
+    total: Tensor
+    kl: Tensor
+    ntp: Tensor
+    capacity: Tensor
+    soft_size: Tensor
+
+
+class TrainingStep(nn.Module):
+    """The loss as a module, so that several GPUs can wrap it."""
+
+    def __init__(self, decoder: GatedDecoder) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, batch: PackedBatch, objective: Objective) -> StepLoss:
+        return step_loss(self.decoder, batch, objective)
+
+
+def step_loss(decoder: GatedDecoder, batch: PackedBatch, objective: Objective) -> StepLoss:
+    """One step's loss over a packed batch.
+
+    Raises:
+        ValueError: nothing in the batch counts.
+    """
+    documents = documents_of(batch)
+    if not documents:
+        raise ValueError("a batch of padding has nothing to train on")
+    lines: list[Tensor] | None = None
+    needs_layers = objective.loss is LossKind.LAYER
+    with torch.no_grad():
+        teacher, log_beta, records = decoder.read(
+            batch, is_gated=objective.evictions is not None and not needs_layers, keeps_records=needs_layers
+        )
+        if objective.evictions is not None and not needs_layers:
+            lines = _all_lines(log_beta, documents, objective.evictions)
+    if needs_layers:
+        return _layers_loss(decoder, batch, objective, documents, records)
+    hidden, log_beta, _ = decoder.read(batch, make_bias=_bias_maker(documents, objective, lines))
+    losses = blocked_token_losses(
+        hidden.flatten(0, 1),
+        teacher.flatten(0, 1),
+        head=decoder.head,
+        labels=batch.labels.flatten(),
+        kind=objective.loss,
+        block=objective.logit_block,
+    )
+    return _with_capacity(losses, log_beta, documents, objective)
+
+
+def _document_log_beta(log_beta: list[Tensor], document: Document) -> Tensor:
+    """Log β of one document, float32 [L, H, T]."""
+    part = slice(document.start, document.stop)
+    return torch.stack([layer[document.row, part].t() for layer in log_beta])
+
+
+def _all_lines(log_beta: list[Tensor], documents: list[Document], rule: EvictionRule) -> list[Tensor]:
+    """The eviction lines of every document, [K, L, H]."""
+    result = []
+    for document in documents:
+        per_stream = _document_log_beta(log_beta, document)
+        lines = eviction_lines(per_stream.flatten(0, 1), rule)
+        result.append(lines.view(lines.shape[0], *per_stream.shape[:2]))
+    return result
+
+
+def _bias_maker(documents: list[Document], objective: Objective, lines: list[Tensor] | None) -> BiasMaker:
+    def make(layer: int, log_beta: Tensor) -> list[Bias]:
+        biases: list[Bias] = []
+        for nth, document in enumerate(documents):
+            per_head = log_beta[document.row, document.start : document.stop].t()
+            if lines is None or objective.evictions is None:
+                biases.append(Decay(_pinned(per_head, objective.num_sink_tokens), objective.shape))
+                continue
+            table = eviction_table(per_head, lines[nth][:, layer], objective.evictions)
+            biases.append(EvictionBias(table, objective.evictions.interval))
+        return biases
+
+    return make
+
+
+def _pinned(log_beta: Tensor, sinks: int) -> Tensor:
+    """[…, T], with the first tokens' log β at 0."""
+    if not sinks:
+        return log_beta
+    first = torch.arange(log_beta.shape[-1], device=log_beta.device) < sinks
+    return log_beta.masked_fill(first, 0.0)
+
+
+def _with_capacity(
+    losses: TokenLosses, log_beta: list[Tensor], documents: list[Document], objective: Objective
+) -> StepLoss:
+    zero = losses.total.new_zeros(())
+    if objective.evictions is not None:
+        return StepLoss(losses.total, losses.kl, losses.ntp, zero, zero)
+    overruns, sizes = [], []
+    for document in documents:
+        per_stream = _pinned(_document_log_beta(log_beta, document), objective.num_sink_tokens)
+        sums = retention_sums(per_stream.flatten(0, 1), objective.shape).view_as(per_stream)
+        overruns.append(capacity_overrun(sums, objective.memory_size, is_global=objective.is_global))
+        sizes.append(sums.detach()[..., -1].mean())
+    capacity = join_overruns(overruns).mean()
+    return StepLoss(
+        losses.total + objective.capacity_weight * capacity,
+        losses.kl,
+        losses.ntp,
+        capacity.detach(),
+        torch.stack(sizes).mean(),
+    )
+
+
+def _layers_loss(
+    decoder: GatedDecoder,
+    batch: PackedBatch,
+    objective: Objective,
+    documents: list[Document],
+    records: list[LayerRecord],
+) -> StepLoss:
+    """Every layer by itself, on the ungated model's inputs: one pass without a gradient, and none through the model."""
+    log_beta = [
+        gate(record.hidden.to(gate.linear1.weight.dtype)) for gate, record in zip(decoder.gates, records, strict=True)
+    ]
+    rule = objective.evictions
+    lines = None if rule is None else _all_lines([layer.detach() for layer in log_beta], documents, rule)
+    make = _bias_maker(documents, objective, lines)
+    counted = (batch.labels != IGNORED).flatten()
+    parts = []
+    for layer, (record, beta) in enumerate(zip(records, log_beta, strict=True)):
+        call = LayerAttention(
+            query=record.query,
+            key=record.key,
+            value=record.value,
+            padding=None,
+            log_beta=beta,
+            scale=record.scale,
+            window=record.window,
+            num_layers=len(records),
+        )
+        error = attend_documents(call, documents, make(layer, beta)) - record.output
+        projected = decoder.output_projection(layer)(error.flatten(2))
+        parts.append(layer_loss(projected.flatten(0, 1), record.stream.flatten(0, 1), counted))
+    total = torch.stack(parts).sum()
+    return _with_capacity(TokenLosses(total, total.detach(), total.new_zeros(())), log_beta, documents, objective)
