@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from trimkv_core.kernels import allocate, append, decode, evict, layout, select
+from trimkv_core.kernels import allocate, append, decode, evict, layout, retention_sums, select
 
 STREAMS, PADDED = 36 * 8, 512
 BLOCK = {"B": 16, "STREAMS_PADDED": PADDED}
@@ -36,14 +36,17 @@ POINTERS = {
     "to_log_beta": "*fp32",
     "partial": "*fp32",
     "weight": "*fp32",
+    "sums": "*fp32",
+    "grad": "*fp32",
+    "result": "*fp32",
     "query": "*bf16",
     "out": "*bf16",
 }
 SCALARS = {
     "null_row", "null_page", "num_streams", "num_rows", "num_tokens", "num_heads", "num_query_heads", "layer", "window",
-    "max_entries", "choices",
+    "max_entries", "choices", "tokens",
 }  # fmt: skip
-FLOATS = {"scale"}
+FLOATS = {"scale", "epsilon", "kappa"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +85,8 @@ def cases() -> list[Case]:
         Case("count", evict._count, {"STREAMS_PADDED": PADDED, "TILE": evict._TILE}),
         Case("drop-pages", evict._drop_pages, listed),
         Case("combine", decode._combine, HEAD | {"SPLITS": 8}),
+        Case("sum-retentions", retention_sums._forward, {"TILE": retention_sums._TILE}),
+        Case("pull-retentions", retention_sums._backward, {"TILE": retention_sums._TILE}),
     ]
     for skipped, below, bits in select._DIGITS:
         digit = {"BITS": bits, "IS_TOP": skipped == 0}

@@ -14,7 +14,7 @@ from trimkv_core.training.shapes import DecayShape
 @pytest.mark.parametrize("tokens", [5, 300])
 def test_sums_and_gradients_are_the_cpus(shape: DecayShape, tokens: int, device: torch.device) -> None:
     generator = torch.Generator().manual_seed(tokens)
-    log_beta = (-torch.rand(2, tokens, generator=generator) ** 3).requires_grad_()
+    log_beta = (-(torch.rand(2, tokens, generator=generator) ** 3)).requires_grad_()
     grad = torch.randn(2, tokens, generator=generator)
     wanted = retention_sums(log_beta, shape)
     (wanted_grad,) = torch.autograd.grad(wanted, log_beta, grad)

@@ -1,4 +1,4 @@
-"""A frozen decoder with gates in training, and the passes over it: ungated, gated, and layer by layer.
+"""A frozen decoder with gates in training, and the passes over it: ungated and gated.
 
 Owns the hooks that hand attention what a pass needs, through the same overlay that serves. Knows no loss, no
 optimiser and no cache.
@@ -9,7 +9,7 @@ Letters: L layers, H KV heads, G query heads a KV head, D head dimension, R rows
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -48,20 +48,6 @@ def documents_of(batch: PackedBatch) -> list[Document]:
     return found
 
 
-@dataclass(slots=True)
-class LayerRecord:
-    """What one layer saw in an ungated pass: inputs of the gate [R, T, E], of attention, and the residual stream."""
-
-    hidden: Tensor
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    output: Tensor
-    stream: Tensor
-    scale: float
-    window: int | None
-
-
 # From a layer's number and its log β [R, T, H], the biases of every document.
 BiasMaker = Callable[[int, Tensor], list[Bias]]
 
@@ -73,14 +59,17 @@ class _Pass:
         self.documents = documents
         self.attention = attention
         self.log_beta: dict[int, Tensor] = {}
-        self.records: list[LayerRecord] = []
         self.make_bias: BiasMaker | None = None
-        self.keeps_records = False
-        self.stream: Tensor | None = None
-        self.hidden: Tensor | None = None
 
     def attend(self, layer: int, call: LayerAttention) -> Tensor:
-        """As `StepCache.attend`: [R, T, H·G, D]."""
+        """As `StepCache.attend`: [R, T, H·G, D]. In the value's dtype: rotation leaves autocast in float32."""
+        dtype = call.value.dtype
+        if call.query.dtype != dtype:
+            call = replace(call, query=call.query.to(dtype), key=call.key.to(dtype))
+        with torch.autocast(call.query.device.type, enabled=False):
+            return self._attend(layer, call)
+
+    def _attend(self, layer: int, call: LayerAttention) -> Tensor:
         biases: list[Bias] | None = None
         if call.log_beta is not None:
             # A layer that is computed anew for the backward pass has been seen before.
@@ -90,14 +79,8 @@ class _Pass:
         if self.attention == "flex":
             from trimkv_core.training.flex import flex_documents
 
-            output = flex_documents(call, self.documents, biases)
-        else:
-            output = attend_documents(call, self.documents, biases, is_eager=self.attention == "eager")
-        if self.keeps_records and self.hidden is not None and self.stream is not None:
-            self.records.append(
-                LayerRecord(self.hidden, call.query, call.key, call.value, output, self.stream, call.scale, call.window)
-            )
-        return output
+            return flex_documents(call, self.documents, biases)
+        return attend_documents(call, self.documents, biases, is_eager=self.attention == "eager")
 
 
 def attend_documents(
@@ -163,9 +146,8 @@ class GatedDecoder(nn.Module):
             module.register_forward_pre_hook(self._before_attention, with_kwargs=True)
             for module in attention_layers(model)
         ]
-        for layer in model.get_decoder().layers:
-            self._handles.append(layer.register_forward_pre_hook(self._before_layer, with_kwargs=True))
-            if recomputes_layers:
+        if recomputes_layers:
+            for layer in model.get_decoder().layers:
                 layer.forward = self._recomputing(layer.forward)
         self._recomputes = recomputes_layers
 
@@ -183,12 +165,6 @@ class GatedDecoder(nn.Module):
         weight: Tensor = self.model.get_output_embeddings().weight
         return weight
 
-    def output_projection(self, layer: int) -> nn.Module:
-        """What a layer's attention output goes through."""
-        module = attention_layers(self.model)[layer].o_proj
-        assert isinstance(module, nn.Module)
-        return module
-
     def trainable(self) -> list[nn.Parameter]:
         """The gates' parameters, tied ones once."""
         return list({id(p): p for gate in self.gates for p in gate.parameters()}.values())
@@ -199,21 +175,19 @@ class GatedDecoder(nn.Module):
         *,
         make_bias: BiasMaker | None = None,
         is_gated: bool = True,
-        keeps_records: bool = False,
-    ) -> tuple[Tensor, list[Tensor], list[LayerRecord]]:
+    ) -> tuple[Tensor, list[Tensor]]:
         """One pass.
 
         Args:
             batch: see `PackedBatch`.
             make_bias: None: attention as it is without gates.
             is_gated: whether log β is made at all.
-            keeps_records: whether to return what every layer saw.
 
         Returns:
-            last hidden states [R, T, E]; log β of every layer, float32 [R, T, H]; the records.
+            last hidden states [R, T, E]; log β of every layer, float32 [R, T, H].
         """
         step = _Pass(documents_of(batch), self._resolve(batch.input_ids.device))
-        step.make_bias, step.keeps_records = make_bias, keeps_records
+        step.make_bias = make_bias
         self._pass, self._is_gated = step, is_gated
         try:
             output = self.model.get_decoder()(
@@ -222,7 +196,7 @@ class GatedDecoder(nn.Module):
         finally:
             self._pass = None
         log_beta = [step.log_beta[layer] for layer in sorted(step.log_beta)]
-        return output.last_hidden_state, log_beta, step.records
+        return output.last_hidden_state, log_beta
 
     def _recomputing(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -254,18 +228,14 @@ class GatedDecoder(nn.Module):
         if step is None:
             return args, kwargs
         hidden: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        step.hidden = hidden if step.keeps_records else None
         gate = module.retention_gate
         assert isinstance(gate, RetentionGate)
-        log_beta = gate(hidden.to(gate.linear1.weight.dtype)) if self._is_gated else None
+        log_beta = None
+        if self._is_gated:
+            # Whatever the precision of the rest: in fewer bits nearly all scores tie.
+            with torch.autocast(hidden.device.type, enabled=False):
+                log_beta = gate(hidden.to(gate.linear1.weight.dtype))
         return args, {**kwargs, "trimkv_cache": step, "log_beta": log_beta}
-
-    def _before_layer(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, dict[str, Any]]:
-        if self._pass is not None and self._pass.keeps_records:
-            self._pass.stream = args[0] if args else kwargs["hidden_states"]
-        return args, kwargs
 
 
 def prepare_gates(model: Any, config: GateConfig, *, scales_inputs: bool, calibration: PackedBatch | None) -> None:
@@ -286,8 +256,15 @@ def prepare_gates(model: Any, config: GateConfig, *, scales_inputs: bool, calibr
     if calibration is None:
         raise ValueError("scales_inputs needs tokens to measure on")
     decoder = GatedDecoder(model)
+    squares: list[Tensor] = []
+    handles = [
+        gate.linear1.register_forward_pre_hook(lambda _, args: squares.append(args[0].float().square().mean()))
+        for gate in decoder.gates
+    ]
     with torch.no_grad():
-        _, _, records = decoder.read(calibration, is_gated=False, keeps_records=True)
-        for gate, record in zip(decoder.gates, records, strict=True):
-            gate.linear1.weight /= record.hidden.float().square().mean().sqrt().clamp(min=1e-3)
+        decoder.read(calibration)
+        for gate, square in zip(decoder.gates, squares, strict=True):
+            gate.linear1.weight /= square.sqrt().clamp(min=1e-3)
+    for handle in handles:
+        handle.remove()
     decoder.remove()

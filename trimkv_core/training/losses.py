@@ -23,8 +23,7 @@ class LossKind(StrEnum):
     """What the gates are trained on.
 
     `fwkl`: KL(teacher ‖ gated). `ntp`: cross-entropy with the next token. `fwkl_ntp`: their mean, the released
-    checkpoints'. `rvkl`: KL(gated ‖ teacher). `rvkl_ntp`: its mean with `ntp`. `layer`: no logits at all; every layer's
-    attention output against the ungated one (see `layer_loss`).
+    checkpoints'. `rvkl`: KL(gated ‖ teacher). `rvkl_ntp`: its mean with `ntp`.
     """
 
     FWKL = "fwkl"
@@ -32,12 +31,6 @@ class LossKind(StrEnum):
     FWKL_NTP = "fwkl_ntp"
     RVKL = "rvkl"
     RVKL_NTP = "rvkl_ntp"
-    LAYER = "layer"
-
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether the teacher's distribution enters."""
-        return self is not LossKind.NTP
 
     @property
     def weights(self) -> tuple[float, float, float]:
@@ -48,7 +41,6 @@ class LossKind(StrEnum):
             LossKind.FWKL_NTP: (0.5, 0.0, 0.5),
             LossKind.RVKL: (0.0, 1.0, 0.0),
             LossKind.RVKL_NTP: (0.0, 0.5, 0.5),
-            LossKind.LAYER: (0.0, 0.0, 0.0),
         }[self]
 
 
@@ -153,18 +145,3 @@ class _BlockedLosses(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
         return grad * (grads[0] / ctx.count).to(grad.dtype), None, None, None, None, None
-
-
-def layer_loss(error: Tensor, stream: Tensor, counted: Tensor) -> Tensor:
-    """How much one layer's attention output misses, measured against the residual stream it is added to.
-
-    Args:
-        error: [N, E], gated minus ungated, after the output projection.
-        stream: [N, E], the residual stream before the layer.
-        counted: bool [N].
-
-    Returns:
-        scalar: mean over the counted tokens of |error|² / |stream|².
-    """
-    ratio = error.float().square().sum(-1) / stream.float().square().sum(-1).clamp(min=1e-6)
-    return (ratio * counted).sum() / counted.sum().clamp(min=1)

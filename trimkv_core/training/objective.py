@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from trimkv_core.overlay import LayerAttention
 from trimkv_core.training.attention import Bias, Decay, EvictionBias
 from trimkv_core.training.batch import PackedBatch
 from trimkv_core.training.capacity import capacity_overrun, join_overruns
@@ -19,11 +18,9 @@ from trimkv_core.training.gated_model import (
     BiasMaker,
     Document,
     GatedDecoder,
-    LayerRecord,
-    attend_documents,
     documents_of,
 )
-from trimkv_core.training.losses import IGNORED, LossKind, TokenLosses, blocked_token_losses, layer_loss
+from trimkv_core.training.losses import LossKind, TokenLosses, blocked_token_losses
 from trimkv_core.training.retention_sums import retention_sums
 from trimkv_core.training.shapes import DecayShape
 
@@ -59,7 +56,7 @@ class StepLoss:
 
     Attributes:
         total: what is minimised.
-        kl, ntp: of `TokenLosses`; `kl` is the layers' loss for `LossKind.LAYER`.
+        kl, ntp: of `TokenLosses`.
         capacity: the hinge, unweighted; 0 where evictions are acted out.
         soft_size: mean retention sum at the documents' ends, entries a stream; 0 where evictions are acted out.
     """
@@ -92,16 +89,12 @@ def step_loss(decoder: GatedDecoder, batch: PackedBatch, objective: Objective) -
     if not documents:
         raise ValueError("a batch of padding has nothing to train on")
     lines: list[Tensor] | None = None
-    needs_layers = objective.loss is LossKind.LAYER
     with torch.no_grad():
-        teacher, log_beta, records = decoder.read(
-            batch, is_gated=objective.evictions is not None and not needs_layers, keeps_records=needs_layers
-        )
-        if objective.evictions is not None and not needs_layers:
+        # The lines must be known before the first layer is gated: the ungated pass draws them.
+        teacher, log_beta = decoder.read(batch, is_gated=objective.evictions is not None)
+        if objective.evictions is not None:
             lines = _all_lines(log_beta, documents, objective.evictions)
-    if needs_layers:
-        return _layers_loss(decoder, batch, objective, documents, records)
-    hidden, log_beta, _ = decoder.read(batch, make_bias=_bias_maker(documents, objective, lines))
+    hidden, log_beta = decoder.read(batch, make_bias=_bias_maker(documents, objective, lines))
     losses = blocked_token_losses(
         hidden.flatten(0, 1),
         teacher.flatten(0, 1),
@@ -159,11 +152,12 @@ def _with_capacity(
     if objective.evictions is not None:
         return StepLoss(losses.total, losses.kl, losses.ntp, zero, zero)
     overruns, sizes = [], []
-    for document in documents:
-        per_stream = _pinned(_document_log_beta(log_beta, document), objective.num_sink_tokens)
-        sums = retention_sums(per_stream.flatten(0, 1), objective.shape).view_as(per_stream)
-        overruns.append(capacity_overrun(sums, objective.memory_size, is_global=objective.is_global))
-        sizes.append(sums.detach()[..., -1].mean())
+    with torch.autocast(log_beta[0].device.type, enabled=False):
+        for document in documents:
+            per_stream = _pinned(_document_log_beta(log_beta, document), objective.num_sink_tokens)
+            sums = retention_sums(per_stream.flatten(0, 1), objective.shape).view_as(per_stream)
+            overruns.append(capacity_overrun(sums, objective.memory_size, is_global=objective.is_global))
+            sizes.append(sums.detach()[..., -1].mean())
     capacity = join_overruns(overruns).mean()
     return StepLoss(
         losses.total + objective.capacity_weight * capacity,
@@ -172,37 +166,3 @@ def _with_capacity(
         capacity.detach(),
         torch.stack(sizes).mean(),
     )
-
-
-def _layers_loss(
-    decoder: GatedDecoder,
-    batch: PackedBatch,
-    objective: Objective,
-    documents: list[Document],
-    records: list[LayerRecord],
-) -> StepLoss:
-    """Every layer by itself, on the ungated model's inputs: one pass without a gradient, and none through the model."""
-    log_beta = [
-        gate(record.hidden.to(gate.linear1.weight.dtype)) for gate, record in zip(decoder.gates, records, strict=True)
-    ]
-    rule = objective.evictions
-    lines = None if rule is None else _all_lines([layer.detach() for layer in log_beta], documents, rule)
-    make = _bias_maker(documents, objective, lines)
-    counted = (batch.labels != IGNORED).flatten()
-    parts = []
-    for layer, (record, beta) in enumerate(zip(records, log_beta, strict=True)):
-        call = LayerAttention(
-            query=record.query,
-            key=record.key,
-            value=record.value,
-            padding=None,
-            log_beta=beta,
-            scale=record.scale,
-            window=record.window,
-            num_layers=len(records),
-        )
-        error = attend_documents(call, documents, make(layer, beta)) - record.output
-        projected = decoder.output_projection(layer)(error.flatten(2))
-        parts.append(layer_loss(projected.flatten(0, 1), record.stream.flatten(0, 1), counted))
-    total = torch.stack(parts).sum()
-    return _with_capacity(TokenLosses(total, total.detach(), total.new_zeros(())), log_beta, documents, objective)

@@ -1,0 +1,100 @@
+"""Quality over budget as a plot: a line a method, with error bars, the dense model as a level.
+
+The one module that imports matplotlib (extra `train`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.ticker
+from matplotlib.figure import Figure
+
+from trimkv_core.evaluation.figures import columns_of
+from trimkv_core.evaluation.measures import Estimate
+from trimkv_core.evaluation.methods import DENSE, Gates
+from trimkv_core.evaluation.rows import Row
+
+# Told apart without colour too: every method has a marker of its own.
+_COLOURS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#56b4e9",
+    "#e69f00",
+    "#5b5b5b",
+    "#8a6d3b",
+    "#7b3294",
+    "#1b7837",
+)
+_MARKERS = "osD^vP*X<>"
+_PANELS = (
+    ("text", "× dense", "perplexity, times dense", True),
+    ("recall", "both", "recall", False),
+    ("conversation", "correct", "recall over turns", False),
+)
+
+
+def write_plots(rows: Sequence[Row], results: Path) -> list[Path]:
+    """Write `results` with .png and .svg; nothing where no row has a budget."""
+    panels = [panel for panel in _PANELS if any(row.task == panel[0] and row.memory_size for row in rows)]
+    if not panels:
+        return []
+    chosen = [row for row in rows if not row.sees_whole_prompt]
+    figure = Figure(figsize=(5.2 * len(panels), 4.4), layout="constrained")
+    methods = list(dict.fromkeys(row.method for row in chosen if row.memory_size is not None))
+    for number, (task, column, label, is_log) in enumerate(panels):
+        axes = figure.add_subplot(1, len(panels), number + 1)
+        _draw(axes, [row for row in chosen if row.task == task], column, methods)
+        axes.set_xlabel("entries a stream (budget)")
+        axes.set_ylabel(label)
+        axes.set_yscale("log" if is_log else "linear")
+        if is_log:
+            axes.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%.2g"))
+            axes.yaxis.set_minor_formatter(matplotlib.ticker.FormatStrFormatter("%.2g"))
+        axes.grid(True, alpha=0.3)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small", frameon=False)
+    paths = [results.with_suffix(suffix) for suffix in (".png", ".svg")]
+    for path in paths:
+        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+    return paths
+
+
+def _draw(axes: Any, rows: Sequence[Row], name: str, methods: Sequence[str]) -> None:
+    dense = next((row for row in rows if row.method == DENSE), None)
+    read = next(column.read for column in columns_of(rows[0].task, rows) if column.name == name)
+    budgets = sorted({row.memory_size for row in rows if row.memory_size is not None})
+    for number, method in enumerate(methods):
+        points: list[tuple[int, Estimate]] = []
+        for row in rows:
+            figure = read(row, dense) if row.method == method and row.memory_size is not None else None
+            if figure is not None and row.memory_size is not None:
+                points.append((row.memory_size, figure))
+        if not points:
+            continue
+        points.sort(key=lambda point: point[0])
+        values = [figure.value for _, figure in points]
+        below = [max(figure.value - figure.low, 0.0) for _, figure in points]
+        above = [max(figure.high - figure.value, 0.0) for _, figure in points]
+        # Side by side, or error bars would cover each other.
+        shift = 2 ** (0.05 * (number - (len(methods) - 1) / 2))
+        axes.errorbar(
+            [size * shift for size, _ in points],
+            values,
+            yerr=[below, above],
+            label=method,
+            color=_COLOURS[number % len(_COLOURS)],
+            marker=_MARKERS[number % len(_MARKERS)],
+            linewidth=2.4 if method in tuple(Gates) else 1.2,
+            markersize=5,
+            capsize=2,
+        )
+    level = None if dense is None else read(dense, dense)
+    if level is not None:
+        axes.axhline(level.value, color="black", linestyle="--", linewidth=1, label=DENSE)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(budgets, [str(size) for size in budgets])
