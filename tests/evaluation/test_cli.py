@@ -83,6 +83,35 @@ def test_other_settings_make_rows_anew(folder: Path, tmp_path: Path) -> None:
     assert after["text", "key-norm", 16] == before["text", "key-norm", 16]
 
 
+def test_rows_of_other_texts_leave_the_table_and_stay_beside_it(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two texts of one length: the first one's dense row would pass for the second's."""
+    arguments = ["--tasks", "text", "--methods", "tova", "--output", str(tmp_path)]
+    book, manual = (["--text", str(folder / name)] for name in ("book.txt", "manual.txt"))
+    assert run(folder, *arguments, *book, "--budgets", "16,dense") == 0
+    assert run(folder, *arguments, *manual, "--budgets", "20", "--resume") == 0
+    assert "dense of task text holds no more" in caplog.text
+    assert set(rows_of(tmp_path)) == {("text", "tova", 20)}
+    assert {row.method for row in read_rows(tmp_path / "results.before.json")} == {"dense", "tova"}
+
+
+def test_what_is_wrong_with_a_picture_is_said_before_anything_is_measured(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    arguments = [*texts(folder), "--output", str(tmp_path / "out"), "--budgets", "16", "--picture", str(tmp_path / "p")]
+    assert run(folder, *arguments, "--picture-tokens", "12") == 2
+    assert "held whole" in caplog.text
+    assert run(folder, *arguments, "--chunk", "1", "--picture-tokens", "300") == 2
+    assert "lower --picture-tokens" in caplog.text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_short_text_needs_no_word_on_a_task_that_is_not_asked_for(folder: Path, tmp_path: Path) -> None:
+    arguments = ["--tasks", "text", "--budgets", "dense", "--output", str(tmp_path), *texts(folder)]
+    assert run(folder, *arguments, "--text-tokens", "40") == 0
+
+
 def test_a_method_that_holds_everything_agrees_with_dense(folder: Path, tmp_path: Path) -> None:
     arguments = ["--tasks", "agreement", "--budgets", "100", "--output", str(tmp_path), *texts(folder)]
     assert run(folder, *arguments, "--methods", "gates-local,tova") == 0
@@ -101,6 +130,8 @@ def test_a_method_that_holds_everything_agrees_with_dense(folder: Path, tmp_path
         ([], "say where results go"),
         (["--picture", "p.html"], "--picture needs a text"),
         (["--device", "abacus", "--tasks", "recall", "--output", "x"], "--device 'abacus' is none"),
+        (["--device", "meta", "--tasks", "recall", "--output", "x"], "--device 'meta' is not supported"),
+        (["--device", "cuda:99", "--tasks", "recall", "--output", "x"], "--device 'cuda:99' is not there"),
         (["--text", "absent.txt", "--output", "x"], "absent.txt cannot be read: No such file"),
         (["--tasks", "recall", "--budgets", "2", "--methods", "tova", "--output", "x"], "use at least 8"),
         (["--tasks", "recall", "--budgets", "1", "--methods", "gates-global", "--output", "x"], "num_sink_tokens=2"),
@@ -130,6 +161,7 @@ def test_what_cannot_be_is_said_and_nothing_is_written(
         (["--tasks", "text,chess"], "unknown chess"),
         (["--recall-lengths", "20"], "at least 256"),
         (["--chunk", "0"], "0 is below 1"),
+        (["--chunk", "many"], "'many' is no whole number"),
         (["--methods", ","], "an empty list"),
     ],
 )

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.evaluation.tiny_model import byte_tokenizer
+from tests.evaluation.tiny_model import CHAT, byte_tokenizer
 from trimkv_core.evaluation.conversation import QUESTIONS, ConversationTask, make_conversations
 from trimkv_core.evaluation.dialogue import Turn, write_dialogue
 from trimkv_core.evaluation.haystack import (
@@ -22,7 +22,7 @@ from trimkv_core.evaluation.haystack import (
     paragraphs_of,
 )
 from trimkv_core.evaluation.recall import RecallTask, make_questions
-from trimkv_core.evaluation.tasks import Probe, ProbeResult
+from trimkv_core.evaluation.tasks import Probe, ProbeError, ProbeResult
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TOKENIZER: Any = byte_tokenizer()
@@ -136,8 +136,18 @@ def test_a_model_without_a_chat_template_gets_plain_lines() -> None:
 def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
-    with pytest.raises(ValueError, match="rewrites earlier turns"):
+    with pytest.raises(ProbeError, match="rewrites earlier turns"):
         write_dialogue(tokenizer, [Turn("Hello.", "Good day."), Turn("How old?", "It is", "77")])
+
+
+def test_a_template_that_writes_a_last_answer_in_another_way_is_no_hindrance() -> None:
+    """Qwen3's puts an empty thought before an answer that nothing follows."""
+    turns = [Turn("Hello.", "Good day."), Turn("How old?", "It is", "77"), Turn("And?", "Also", "8")]
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CHAT.replace(
+        "{{ m.content }}", "{% if loop.last and m.role == 'assistant' %}<think></think>{% endif %}{{ m.content }}"
+    )
+    assert write_dialogue(tokenizer, turns) == write_dialogue(TOKENIZER, turns)
 
 
 @pytest.mark.parametrize("family", [*PASSKEYS, *KEY_VALUES], ids=lambda family: family.name)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from trimkv_core.evaluation.figures import columns_of
 from trimkv_core.evaluation.measures import Measure
 from trimkv_core.evaluation.report import WHOLE_PROMPT_TITLE, render, write_report
 from trimkv_core.evaluation.rows import FILE_NAME, ResultFile, ResultsError, Row, read_rows
@@ -137,6 +138,40 @@ def test_plots_are_written_beside_the_table(tmp_path: Path) -> None:
     assert [path.suffix for path in written] == [".json", ".md", ".png", ".svg"]
     assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (tmp_path / "results.svg").read_text()
+
+
+def test_rows_of_whole_prompts_alone_make_no_plot(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    results = ResultFile(tmp_path / FILE_NAME, ABOUT)
+    results.add(ROWS[-1])
+    assert [path.suffix for path in write_report(results.path)] == [".json", ".md"]
+
+
+def test_every_line_of_a_plot_is_named_and_none_is_drawn_like_another(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    results = ResultFile(tmp_path / FILE_NAME, ABOUT)
+    names = [f"method-{number}" for number in range(23)]
+    for name in names:
+        task, measures = ("recall", recall(1.0, 0.0)) if name == names[-1] else ("text", text(3.0))
+        results.add(row(name, 64, *measures, task=task))
+    results.add(ROWS[0])
+    write_report(results.path)
+    drawn = (tmp_path / "results.svg").read_text()
+    assert all(f"<!-- {name} -->" in drawn for name in (*names, "dense"))
+    # The svg's lines: colour and dashes. The 11th has the colour of the first.
+    lines = re.findall(r"stroke-dasharray: ([\d., ]+)", drawn)
+    assert len(set(lines)) >= 2, "the second and the third ten are dashed"
+
+
+def test_answers_of_one_conversation_are_drawn_together() -> None:
+    """Conversations that are all right or all wrong: two observations a conversation's worth, not eight."""
+    told = row(
+        "tova", 64, Measure("correct", "conversation", (1.0,) * 4 + (0.0,) * 4, (1,) * 8, 512), task="conversation"
+    )
+    (column, _) = columns_of("conversation", [told])
+    figure = column.read(told, None)
+    assert figure is not None
+    assert (figure.value, figure.low, figure.high) == (0.5, 0.0, 1.0)
 
 
 def test_figures_join_the_rows_in_the_file(tmp_path: Path) -> None:

@@ -31,8 +31,9 @@ from trimkv_core.evaluation.perplexity import TextError, TextTask, cut_excerpts,
 from trimkv_core.evaluation.recall import RecallTask, make_questions
 from trimkv_core.evaluation.report import write_report
 from trimkv_core.evaluation.rows import FILE_NAME, ResultFile, ResultsError
-from trimkv_core.evaluation.running import Task, order_cases, run_all
+from trimkv_core.evaluation.running import Task, order_cases, run_all, stale_rows
 from trimkv_core.evaluation.settings import PROGRAM, Settings, SettingsError, read_settings
+from trimkv_core.evaluation.tasks import ProbeError
 from trimkv_core.models import UnsupportedModelError
 
 logger = logging.getLogger(__name__)
@@ -51,10 +52,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(error, EXIT_USAGE)
     try:
         return _run(settings, texts)
-    except (SettingsError, MethodError, BudgetError, TextError, ResultsError) as error:
+    except (SettingsError, MethodError, BudgetError, TextError, ResultsError, ProbeError) as error:
         return _complain(error, EXIT_USAGE)
     except (CheckpointError, EmbeddedModelError, UnsupportedModelError, KvpressError, OSError) as error:
         return _complain(error, EXIT_FAILURE)
+    except torch.OutOfMemoryError as error:
+        return _complain(f"{error}; lower --lanes or --text-tokens, and --resume", EXIT_FAILURE)
     except KeyboardInterrupt:
         return _complain("interrupted; --resume goes on from here", EXIT_FAILURE)
 
@@ -72,10 +75,11 @@ def _run(settings: Settings, texts: dict[str, str]) -> int:
     )
     if model.tokenizer is None:
         raise TextError(f"model {settings.model!r} has no tokenizer: texts and questions cannot be read")
-    if settings.output is not None:
-        _evaluate(settings, model, texts, settings.output)
+    # The picture takes seconds: whatever is wrong with it is said before hours are spent.
     if settings.picture is not None:
         _draw(settings, model, texts, settings.picture)
+    if settings.output is not None:
+        _evaluate(settings, model, texts, settings.output)
     return 0
 
 
@@ -92,6 +96,15 @@ def _evaluate(settings: Settings, model: LoadedModel, texts: dict[str, str], out
     results = ResultFile(output / FILE_NAME, _describe(settings, model, texts))
     if settings.resumes:
         logger.info("%d rows of an earlier run", results.resume())
+        stale = stale_rows(tasks, model, results.rows, regime=settings.regime, seed=settings.seed)
+        for row in stale:
+            logger.warning(
+                "%s of task %s holds no more (other texts, gates or settings)",
+                Case(row.method, row.memory_size),
+                row.task,
+            )
+        results.forget(stale)
+    output.mkdir(parents=True, exist_ok=True)
 
     def make_answerer(case: Case) -> Answerer:
         if case.is_foreign and settings.kvpress_python is not None:
@@ -152,9 +165,14 @@ def _only(path: Path) -> str:
 def _choose_device(name: str) -> torch.device:
     if name != "auto":
         try:
-            return torch.device(name)
+            device = torch.device(name)
         except RuntimeError as error:
             raise SettingsError(f"--device {name!r} is none: use cpu, cuda or cuda:N") from error
+        if device.type not in ("cpu", "cuda"):
+            raise SettingsError(f"--device {name!r} is not supported: use cpu, cuda or cuda:N")
+        if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+            raise SettingsError(f"--device {name!r} is not there: PyTorch sees {count} CUDA devices; use cpu")
+        return device
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

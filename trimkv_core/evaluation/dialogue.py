@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trimkv_core.evaluation.tasks import Probe, Span
+from trimkv_core.evaluation.tasks import Probe, ProbeError, Span
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,9 @@ def write_dialogue(tokenizer: Any, turns: Sequence[Turn]) -> Probe:
     """The probe of a conversation whose judged words are predicted.
 
     The judged words are tokenised apart, as a model writes them after what stands before: with a leading space.
+
+    Raises:
+        ProbeError: the chat template rewrites turns once others follow, so that answers have no place of their own.
     """
     ids: list[int] = []
     spans = []
@@ -39,7 +42,11 @@ def write_dialogue(tokenizer: Any, turns: Sequence[Turn]) -> Probe:
     messages: list[dict[str, str]] = []
     for number, turn in enumerate(turns):
         messages.append({"role": "user", "content": turn.user})
-        rendered = _render(tokenizer, messages, is_open=True) + turn.answer
+        rendered = _open(tokenizer, messages) + turn.answer
+        # Looked at when the next question is there: Qwen3's template, say, puts an empty thought before a last answer
+        # and takes it out again then.
+        if not rendered.startswith(written):
+            raise ProbeError(f"the chat template rewrites earlier turns (turn {number}): answers cannot be placed")
         ids += _encode(tokenizer, rendered[len(written) :])
         if turn.judged:
             judged = _encode(tokenizer, " " + turn.judged)
@@ -50,20 +57,18 @@ def write_dialogue(tokenizer: Any, turns: Sequence[Turn]) -> Probe:
         answer = f"{turn.answer} {turn.judged}." if turn.judged else turn.answer
         messages.append({"role": "assistant", "content": answer})
         written = rendered + (f" {turn.judged}" if turn.judged else "")
-        if not _render(tokenizer, messages, is_open=False).startswith(written):
-            raise ValueError(f"the chat template rewrites earlier turns (turn {number}): answers cannot be placed")
     return Probe(tuple(ids), tuple(spans))
 
 
-def _render(tokenizer: Any, messages: Sequence[dict[str, str]], *, is_open: bool) -> str:
-    """A conversation as text; with `is_open`, up to where the next answer begins."""
+def _open(tokenizer: Any, messages: Sequence[dict[str, str]]) -> str:
+    """A conversation as text, up to where the next answer begins."""
     if getattr(tokenizer, "chat_template", None):
-        text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=is_open)
+        text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         return text
     names = {"user": "Question", "assistant": "Answer"}
     lines = [f"{names[message['role']]}: {message['content']}\n" for message in messages]
     # A space before the answer would become a token of its own.
-    return "".join(lines) + ("Answer: " if is_open else "")
+    return "".join(lines) + "Answer: "
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:

@@ -6,12 +6,16 @@ A row's figures are its own means and, against the dense row of the same task, p
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
+from trimkv_core.evaluation.conversation import QUESTIONS
 from trimkv_core.evaluation.measures import Estimate, Measure, mean, ratio
 from trimkv_core.evaluation.rows import Row
+
+Join = Callable[[Sequence[Measure]], Sequence[Measure]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +52,11 @@ def columns_of(task: str, rows: Sequence[Row]) -> list[Column]:
             Column("× dense", _ratio("correct"), 2, max),
         ]
     if task == "conversation":
-        return [Column("correct", _mean("correct"), 2, max), Column("× dense", _ratio("correct"), 2, max)]
+        whole = partial(_together, size=QUESTIONS)
+        return [
+            Column("correct", _mean("correct", join=whole), 2, max),
+            Column("× dense", _ratio("correct", join=whole), 2, max),
+        ]
     return [
         Column("KL, nats", _mean("kl"), 3, min),
         Column("same likeliest token", _mean("same_best"), 3, max),
@@ -71,16 +79,34 @@ def _perplexity(source: str | None) -> Callable[[Row, Row | None], Estimate | No
     return lambda row, dense: _of(row.measure("nll", source), lambda m: mean(m, "nll", transform=np.exp))
 
 
-def _mean(metric: str, group: str | None = None) -> Callable[[Row, Row | None], Estimate | None]:
-    return lambda row, dense: _of(row.measure(metric, group), lambda m: mean(m, metric))
+def _together(measures: Sequence[Measure], *, size: int) -> Sequence[Measure]:
+    """Every `size` observations as one: answers of one conversation stand or fall together, so it is drawn whole."""
+    return [
+        replace(
+            measure,
+            sums=tuple(sum(measure.sums[at : at + size]) for at in range(0, len(measure.sums), size)),
+            counts=tuple(sum(measure.counts[at : at + size]) for at in range(0, len(measure.counts), size)),
+        )
+        for measure in measures
+    ]
 
 
-def _ratio(metric: str, *, is_log: bool = False) -> Callable[[Row, Row | None], Estimate | None]:
+def _apart(measures: Sequence[Measure]) -> Sequence[Measure]:
+    return measures
+
+
+def _mean(
+    metric: str, group: str | None = None, *, join: Join = _apart
+) -> Callable[[Row, Row | None], Estimate | None]:
+    return lambda row, dense: _of(row.measure(metric, group), lambda m: mean(join(m), metric))
+
+
+def _ratio(metric: str, *, is_log: bool = False, join: Join = _apart) -> Callable[[Row, Row | None], Estimate | None]:
     def read(row: Row, dense: Row | None) -> Estimate | None:
         if dense is None:
             return None
         try:
-            return ratio(row.measures, dense.measures, metric, is_log=is_log)
+            return ratio(join(row.measures), join(dense.measures), metric, is_log=is_log)
         except ValueError:  # a dense row of other texts or questions, left by an earlier run
             return None
 

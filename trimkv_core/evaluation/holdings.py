@@ -18,6 +18,7 @@ from trimkv_core.batches import Segment
 from trimkv_core.evaluation.feeding import Regime
 from trimkv_core.evaluation.gated import PagedMemory
 from trimkv_core.evaluation.loading import LoadedModel
+from trimkv_core.evaluation.perplexity import TextError
 
 HELD = 255
 MAX_POINTS = HELD
@@ -47,11 +48,14 @@ def record(memory: PagedMemory, ids: Sequence[int], model: LoadedModel, regime: 
     """Read a text and note after every chunk what is still held.
 
     Raises:
-        ValueError: more than 255 chunks.
+        TextError: the text has more than 255 chunks.
     """
     points = [*range(regime.chunk, len(ids), regime.chunk), len(ids)]
     if len(points) > MAX_POINTS:
-        raise ValueError(f"{len(ids)} tokens are {len(points)} chunks, a history holds {MAX_POINTS}")
+        raise TextError(
+            f"{len(ids)} tokens are {len(points)} chunks, a picture holds {MAX_POINTS}: "
+            "lower --picture-tokens or raise --chunk"
+        )
     geometry = memory.table.geometry
     gone = np.full((geometry.streams, len(ids)), HELD, np.uint8)
     nothing = torch.zeros(0, dtype=torch.int64, device=model.device)

@@ -136,7 +136,7 @@ def make_budget(case: Case, model: LoadedModel, regime: Regime) -> Budget:
     if case.memory_size is None:
         return Budget.dense()
     if not model.has_gates:
-        raise MethodError(f"{case.method} needs gates: name a checkpoint with --gates")
+        raise MethodError(f"{case.method} needs gates: name a checkpoint with --gates, or other --methods")
     return Budget(
         memory_size=case.memory_size,
         buffer_size=regime.buffer,

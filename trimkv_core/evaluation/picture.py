@@ -30,7 +30,8 @@ def write_picture(
     """Read the start of a text under a budget and write its page.
 
     Raises:
-        TextError: the text is too short for an eviction to happen.
+        TextError: the text is too short for an eviction to happen, too long for a picture, or the method ranks without
+            gates.
     """
     pieces, ids = split_tokens(model.tokenizer, text, max_tokens)
     if case.memory_size is None or len(ids) < case.memory_size + regime.buffer:

@@ -17,7 +17,7 @@ from trimkv_core.evaluation.measures import Estimate
 from trimkv_core.evaluation.methods import DENSE, Gates
 from trimkv_core.evaluation.rows import Row
 
-# Told apart without colour too: every method has a marker of its own.
+# Told apart without colour too: ten markers, and other lines for the next ten.
 _COLOURS = (
     "#0072b2",
     "#d55e00",
@@ -31,6 +31,9 @@ _COLOURS = (
     "#1b7837",
 )
 _MARKERS = "osD^vP*X<>"
+_LINES = ("-", "--", ":")
+# Octaves over which the methods of one budget are spread, side by side, or error bars would cover each other.
+_SPREAD = 0.45
 _PANELS = (
     ("text", "× dense", "perplexity, times dense", True),
     ("recall", "both", "recall", False),
@@ -40,10 +43,10 @@ _PANELS = (
 
 def write_plots(rows: Sequence[Row], results: Path) -> list[Path]:
     """Write `results` with .png and .svg; nothing where no row has a budget."""
-    panels = [panel for panel in _PANELS if any(row.task == panel[0] and row.memory_size for row in rows)]
+    chosen = [row for row in rows if not row.sees_whole_prompt]
+    panels = [panel for panel in _PANELS if any(row.task == panel[0] and row.memory_size for row in chosen)]
     if not panels:
         return []
-    chosen = [row for row in rows if not row.sees_whole_prompt]
     figure = Figure(figsize=(5.2 * len(panels), 4.4), layout="constrained")
     methods = list(dict.fromkeys(row.method for row in chosen if row.memory_size is not None))
     for number, (task, column, label, is_log) in enumerate(panels):
@@ -56,8 +59,12 @@ def write_plots(rows: Sequence[Row], results: Path) -> list[Path]:
             axes.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%.2g"))
             axes.yaxis.set_minor_formatter(matplotlib.ticker.FormatStrFormatter("%.2g"))
         axes.grid(True, alpha=0.3)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small", frameon=False)
+    # A method may be in some panels only.
+    drawn = [zip(*axes.get_legend_handles_labels(), strict=True) for axes in figure.axes]
+    named = {label: handle for pairs in drawn for handle, label in pairs}
+    order = [label for label in (*methods, DENSE) if label in named]
+    handles = [named[label] for label in order]
+    figure.legend(handles, order, loc="outside lower center", ncols=4, fontsize="small", frameon=False)
     paths = [results.with_suffix(suffix) for suffix in (".png", ".svg")]
     for path in paths:
         figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
@@ -80,8 +87,7 @@ def _draw(axes: Any, rows: Sequence[Row], name: str, methods: Sequence[str]) -> 
         values = [figure.value for _, figure in points]
         below = [max(figure.value - figure.low, 0.0) for _, figure in points]
         above = [max(figure.high - figure.value, 0.0) for _, figure in points]
-        # Side by side, or error bars would cover each other.
-        shift = 2 ** (0.05 * (number - (len(methods) - 1) / 2))
+        shift = 2 ** (_SPREAD * (number / max(len(methods) - 1, 1) - 0.5))
         axes.errorbar(
             [size * shift for size, _ in points],
             values,
@@ -89,6 +95,7 @@ def _draw(axes: Any, rows: Sequence[Row], name: str, methods: Sequence[str]) -> 
             label=method,
             color=_COLOURS[number % len(_COLOURS)],
             marker=_MARKERS[number % len(_MARKERS)],
+            linestyle=_LINES[number // len(_MARKERS) % len(_LINES)],
             linewidth=2.4 if method in tuple(Gates) else 1.2,
             markersize=5,
             capsize=2,

@@ -6,6 +6,7 @@ Owns how numbers look. Knows no model and no clock.
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,18 +17,27 @@ from trimkv_core.evaluation.measures import Estimate
 from trimkv_core.evaluation.methods import DENSE
 from trimkv_core.evaluation.rows import Row, read_rows
 
+logger = logging.getLogger(__name__)
+
 _TITLES = {
     "text": "Perplexity on long texts",
     "recall": "Passkey and key-value recall",
     "conversation": "Recall over turns of a conversation",
     "agreement": "Agreement with the dense model",
 }
+_NO_SPREAD = (
+    "Where all answers are right, or all wrong, resampling has no spread and no interval is shown; of n answers, a "
+    "true share up to 3/n away would still look like that."
+)
 _NOTES = {
     "text": "Every token but an excerpt's first is predicted; intervals: 95 %, bootstrap over blocks of 256 tokens, "
     "the ratio paired.",
-    "recall": "Share of answers whose every token is the likeliest one, teacher-forced.",
-    "conversation": "Share of answers whose every token is the likeliest one, four questions a conversation.",
-    "agreement": "Mean divergence of next-token distributions from the dense model's, and greedy continuations.",
+    "recall": "Share of answers whose every token is the likeliest one, teacher-forced; intervals: 95 %, bootstrap "
+    f"over questions. {_NO_SPREAD}",
+    "conversation": "Share of answers whose every token is the likeliest one, teacher-forced, four questions a "
+    f"conversation; intervals: 95 %, bootstrap over conversations. {_NO_SPREAD}",
+    "agreement": "Mean divergence of next-token distributions from the dense model's, and greedy continuations; "
+    "intervals: 95 %, bootstrap over blocks of 256 tokens, and over continuations.",
 }
 WHOLE_PROMPT_TITLE = "Methods that see the whole prompt before they evict"
 
@@ -45,7 +55,8 @@ def write_report(results: Path) -> list[Path]:
     table.write_text(render(rows, content), encoding="utf-8")
     try:
         from trimkv_core.evaluation.plot import write_plots
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as error:
+        logger.warning("no plot: %s; install matplotlib, or this package with its extra `train`", error)
         return [results, table]
     return [results, table, *write_plots(rows, results)]
 

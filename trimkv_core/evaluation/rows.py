@@ -6,7 +6,8 @@ Owns the file's shape. Knows nothing of how rows come about or look.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import shutil
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,12 @@ class ResultFile:
             return 0
         self.rows = list(read_rows(self.path))
         return len(self.rows)
+
+    def forget(self, stale: Collection[Row]) -> None:
+        """Leave rows out from now on; the file as it was stays beside, as `results.before.json`."""
+        if stale:
+            shutil.copyfile(self.path, self.path.with_suffix(".before.json"))
+            self.rows = [row for row in self.rows if row not in stale]
 
     def find(self, fingerprint: str) -> Row | None:
         """The row of that fingerprint."""

@@ -91,6 +91,19 @@ def run_all(
             logger.info("%s %s: %s, peak %.0f entries, %.0f s", case, task.name, _brief(measures), peak, seconds)
 
 
+def stale_rows(
+    tasks: Sequence[Task], model: LoadedModel, rows: Iterable[Row], *, regime: Regime, seed: int
+) -> list[Row]:
+    """Rows of these tasks that were measured on other probes, gates or settings: they may not stand beside new ones."""
+    named = {task.name: task for task in tasks}
+    return [
+        row
+        for row in rows
+        if row.task in named
+        and row.fingerprint != fingerprint_of(named[row.task], Case(row.method, row.memory_size), model, regime, seed)
+    ]
+
+
 def _makes_sense(task: Task, case: Case) -> bool:
     """Dense agrees with itself, and only a question has a whole prompt before it."""
     if task.name == AgreementTask.name:

@@ -86,7 +86,7 @@ def read_settings(arguments: Sequence[str]) -> Settings:
     check_names(given.methods)
     if min(given.text_tokens, given.agreement_tokens) < 2:
         raise SettingsError("--text-tokens and --agreement-tokens: at least 2, or nothing can be predicted")
-    if given.agreement_tokens > given.text_tokens:
+    if "agreement" in tasks and given.agreement_tokens > given.text_tokens:
         raise SettingsError(
             f"--agreement-tokens {given.agreement_tokens} exceeds --text-tokens {given.text_tokens}: lower it"
         )
@@ -198,7 +198,10 @@ def _at_least(least: int) -> type[int]:
     """A type for argparse: a whole number from `least`."""
 
     def read(text: str) -> int:
-        value = int(text)
+        try:
+            value = int(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from error
         if value < least:
             raise argparse.ArgumentTypeError(f"{value} is below {least}")
         return value

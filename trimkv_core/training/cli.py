@@ -77,8 +77,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc keep large blocks that are freed: every step asks for them again, and a block the kernel took back costs
-    a fault a page (7 % of a step on a CPU). Does nothing with another libc."""
+    """Let glibc keep large blocks that are freed. Does nothing with another libc.
+
+    Every step asks for them again, and a block that the kernel took back costs a fault a page: 6 % of a step on a CPU.
+    """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
