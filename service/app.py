@@ -23,7 +23,9 @@ from service.api.errors import install_error_handlers
 from service.api.health import health_router
 from service.api.kv import kv_router
 from service.api.models import models_router
+from service.api.page import page_router
 from service.api.schemas import ChatCompletionRequest
+from service.api.tokenize import tokenize_router
 from service.engine.interface import Engine, EngineState
 from service.generation.chat_format import ChatFormat
 from service.metrics import Metrics
@@ -71,8 +73,9 @@ def create_app(*, settings: Settings, engine: StartableEngine, metrics: Metrics)
     app.add_middleware(ReadyMiddleware, check_ready=context.check_ready)
     app.add_middleware(RequestIdMiddleware)  # the last one added is the outermost
     install_error_handlers(app)
-    for router in (chat_router, models_router, kv_router, health_router):
+    for router in (chat_router, tokenize_router, models_router, kv_router, health_router):
         app.include_router(router(context))
+    app.include_router(page_router())
     return app
 
 

@@ -43,15 +43,26 @@ def _serve(settings: Settings) -> int:
     from service.engine.worker import EngineWorker
     from service.logs import LoggedMetrics, setup_logging
     from service.server import Server
+    from service.traces import TracedMetrics, TracesError, open_traces
 
-    setup_logging(settings.log_level)
-    metrics = LoggedMetrics()
+    setup_logging(settings.log_level, log_format=settings.log_format)
+    if settings.log_content:
+        logger.warning("prompts and answers are logged (--log-content)")
+    try:
+        traces = open_traces(os.environ)
+    except TracesError as error:
+        return _complain(str(error), EXIT_FAILURE)
+    metrics = TracedMetrics(traces) if traces else LoggedMetrics()
     engine = EngineWorker(settings.engine_config(), metrics)
     server = Server(create_app(settings=settings, engine=engine, metrics=metrics), settings)
     host, number = port.getsockname()[:2]
     where = f"[{host}]" if ":" in host else host
     logger.info("listening on http://%s:%d, loading model=%s", where, number, settings.model)
-    server.run(sockets=[port])
+    try:
+        server.run(sockets=[port])
+    finally:
+        if traces:
+            traces.close()
     return server.exit_status
 
 

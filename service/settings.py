@@ -250,6 +250,16 @@ class Settings(BaseSettings):
         Field(description="least important lines that are logged: debug, info, warning or error"),
         Option(_OPERATION, "LEVEL", "debug, info, warning or error"),
     ] = "info"
+    log_format: Annotated[
+        Literal["text", "json"],
+        Field(description="lines for a person (text) or one JSON object a line (json)"),
+        Option(_OPERATION, "FORMAT", "text or json"),
+    ] = "text"
+    log_content: Annotated[
+        bool,
+        Field(description="log prompts and answers too; without it they are in no line and no trace"),
+        Option(_OPERATION, "BOOL", "true or false"),
+    ] = False
 
     @classmethod
     def settings_customise_sources(

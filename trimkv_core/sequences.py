@@ -199,6 +199,14 @@ class SequenceTable:
         stop = start + int(lengths[stream])
         return self.pool.position.view(-1)[slots[start:stop]].sort().values
 
+    def stream_positions(self, row: int) -> Tensor:
+        """Logical positions that all streams hold, int32 [E]: stream after stream, in no order within one.
+
+        Where streams begin follows from `lengths_of`. Nothing here waits for the device.
+        """
+        slots, _ = self._slots_of(row)
+        return self.pool.position.view(-1)[slots]
+
     def is_due(self, row: int, budget: Budget, *, before: int) -> bool:
         """Whether an eviction point reached now evicts; `before`: tokens seen at the one before."""
         state = self._rows[row]

@@ -11,7 +11,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 
@@ -35,7 +35,7 @@ from service.api.edge import http_request_id, read_body
 from service.api.errors import ApiError, from_submit_error, show
 from service.api.knobs import Caps, resolve_budget
 from service.api.sampling import AskedTokens, OutputLimits, resolve_max_tokens, resolve_sampling
-from service.api.schemas import ChatCompletionRequest, parse_chat_request
+from service.api.schemas import ChatCompletionRequest, Message, parse_chat_request
 from service.api.sse import EventStream
 from service.engine.interface import (
     Event,
@@ -44,10 +44,12 @@ from service.engine.interface import (
     FinishReason,
     GenerationRequest,
     RejectionReason,
+    RequestOrigin,
     SubmitError,
     TextDelta,
 )
 from service.generation.chat_format import ChatFormat, ChatFormatError, ChatMessage, Role
+from service.logs import log_content
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +60,10 @@ _BODY = {
         "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ChatCompletionRequest"}}},
     }
 }
+# W3C Trace Context: who else follows this request.
+TRACE_HEADERS = ("traceparent", "tracestate")
+# The answer's id before its first token is there, so that `GET /v1/kv/{id}` can watch the prompt being read.
+ID_HEADER = "X-Trimkv-Id"
 # What nginx logs for a client that left; nobody reads it.
 CLIENT_CLOSED_REQUEST = 499
 
@@ -91,14 +97,15 @@ def chat_router(context: ApiContext) -> APIRouter:
         assert chat_format is not None, "the edge lets no POST through before the service is ready"
         body = await read_body(request, max_bytes=context.settings.max_body_bytes)
         fields = parse_chat_request(body)
-        answer = await _submit(context, fields, chat_format, arrival=arrival)
-        logger.info("accepted id=%s http_request_id=%s", answer.id, http_request_id(request))
+        answer = await _submit(context, fields, chat_format, arrival=arrival, origin=_origin(request, fields))
+        logger.debug("accepted id=%s http_request_id=%s", answer.id, http_request_id(request))
         abort = functools.partial(context.engine.abort, answer.id)  # an ended answer is not harmed by it
         if fields.stream:
             return EventStream(
                 stream_chunks(answer, _style(fields)),
                 on_close=abort,
                 keepalive_seconds=context.settings.keepalive_seconds,
+                headers={ID_HEADER: answer.id},
             )
         try:
             return await _answer_whole(request, answer)
@@ -109,7 +116,12 @@ def chat_router(context: ApiContext) -> APIRouter:
 
 
 async def _submit(
-    context: ApiContext, fields: ChatCompletionRequest, chat_format: ChatFormat, *, arrival: float
+    context: ApiContext,
+    fields: ChatCompletionRequest,
+    chat_format: ChatFormat,
+    *,
+    arrival: float,
+    origin: RequestOrigin,
 ) -> Answer:
     """Check `fields` against the model, and hand the request to the engine.
 
@@ -119,17 +131,11 @@ async def _submit(
     """
     settings, engine = context.settings, context.engine
     info = engine.info
-    if fields.model not in context.served_names:
-        raise ApiError(
-            HTTPStatus.NOT_FOUND,
-            f"The model {show(fields.model)} does not exist; this server has {', '.join(context.served_names)}.",
-            param="model",
-            code="model_not_found",
-        )
+    check_served(context, fields.model)
     budget = resolve_budget(fields, info, Caps(max_kv_budget=settings.max_kv_budget, allow_dense=settings.allow_dense))
     with engine.reserve() as slot:
         prompt_ids = await anyio.to_thread.run_sync(
-            _encode, chat_format, fields, limiter=context.tokeniser_limiter, abandon_on_cancel=True
+            encode_messages, chat_format, fields.messages, limiter=context.tokeniser_limiter, abandon_on_cancel=True
         )
         asked = _asked_tokens(fields)
         max_tokens = resolve_max_tokens(
@@ -149,9 +155,36 @@ async def _submit(
             budget=budget,
             priority=fields.priority or 0,
             arrival=arrival,
+            origin=origin,
         )
         events = engine.submit(request, slot)
+    if settings.log_content:
+        messages = [message.model_dump(exclude_none=True) for message in fields.messages]
+        events = log_content(events, request_id=request.request_id, messages=messages)
     return Answer(id=request.request_id, model=fields.model, created=int(time.time()), events=events)
+
+
+def check_served(context: ApiContext, model: str) -> None:
+    """Whether a request may call the model so.
+
+    Raises:
+        ApiError: 404 with the names it may.
+    """
+    if model not in context.served_names:
+        raise ApiError(
+            HTTPStatus.NOT_FOUND,
+            f"The model {show(model)} does not exist; this server has {', '.join(context.served_names)}.",
+            param="model",
+            code="model_not_found",
+        )
+
+
+def _origin(request: Request, fields: ChatCompletionRequest) -> RequestOrigin:
+    return RequestOrigin(
+        http_request_id=http_request_id(request),
+        model=fields.model,
+        trace_headers={name: request.headers[name] for name in TRACE_HEADERS if name in request.headers},
+    )
 
 
 def _asked_tokens(fields: ChatCompletionRequest) -> AskedTokens:
@@ -161,8 +194,13 @@ def _asked_tokens(fields: ChatCompletionRequest) -> AskedTokens:
     return AskedTokens(field="max_tokens", value=fields.max_tokens, min_tokens=min_tokens)
 
 
-def _encode(chat_format: ChatFormat, fields: ChatCompletionRequest) -> list[int]:
-    messages = [
+def encode_messages(chat_format: ChatFormat, messages: Sequence[Message]) -> list[int]:
+    """The prompt of `messages`.
+
+    Raises:
+        ApiError: the model's template does not take them.
+    """
+    conversation = [
         ChatMessage(
             role=Role(message.role),
             content=message.content,
@@ -170,10 +208,10 @@ def _encode(chat_format: ChatFormat, fields: ChatCompletionRequest) -> list[int]
             tool_calls=message.tool_calls or (),
             tool_call_id=message.tool_call_id,
         )
-        for message in fields.messages
+        for message in messages
     ]
     try:
-        return chat_format.encode_chat(messages)
+        return chat_format.encode_chat(conversation)
     except ChatFormatError as error:
         raise ApiError(HTTPStatus.BAD_REQUEST, error.message, param=error.field, code="invalid_value") from error
 
@@ -201,7 +239,7 @@ async def _answer_whole(request: Request, answer: Answer) -> Response:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     if isinstance(whole, ApiError):
         raise whole
-    return JSONResponse(whole.model_dump())
+    return JSONResponse(whole.model_dump(), headers={ID_HEADER: answer.id})
 
 
 async def _collect(answer: Answer) -> ChatCompletion | ApiError:

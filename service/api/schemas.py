@@ -25,7 +25,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from service.api.errors import ApiError, invalid_value, show
+from service.api.errors import ApiError, invalid_value, missing_value, show
 from trimkv_core.budget import MAX_BUFFER_SIZE, MAX_LOOKAHEAD_STEPS
 
 logger = logging.getLogger(__name__)
@@ -229,6 +229,19 @@ class ChatCompletionRequest(SamplingFields, KvFields):
         return value if info.data.get("max_completion_tokens") is None else None
 
 
+class TokenizeRequest(Wire):
+    """The body of `POST /tokenize`: a conversation, or a text as it is."""
+
+    model: Annotated[str, Allowed("the name of a served model")]
+    messages: Annotated[
+        tuple[Message, ...] | None,
+        Field(min_length=1),
+        Allowed("a list of at least one message", item="an object with role and content"),
+    ] = None
+    prompt: Annotated[str | None, Allowed("a string")] = None
+    return_token_strs: Annotated[bool | None, Allowed("true or false")] = None
+
+
 @dataclass(frozen=True, slots=True)
 class _Neutral:
     """The values of a field not served yet that ask for nothing."""
@@ -253,7 +266,7 @@ _NEUTRAL: Mapping[str, _Neutral] = {
 
 def _collect_allowed() -> dict[str, Allowed]:
     """Field name → what it takes, over all request models."""
-    models = (FunctionCall, ToolCall, Message, StreamOptions, ChatCompletionRequest)
+    models = (FunctionCall, ToolCall, Message, StreamOptions, ChatCompletionRequest, TokenizeRequest)
     return {
         name: mark
         for model in models
@@ -289,6 +302,21 @@ def parse_chat_request(body: bytes) -> ChatCompletionRequest:
             )
     if request.stream_options is not None and not request.stream:
         raise invalid_value("stream_options", _plain(request.stream_options), "only allowed when stream is true")
+    return request
+
+
+def parse_tokenize_request(body: bytes) -> TokenizeRequest:
+    """The request in `body`, which has either messages or a prompt.
+
+    Raises:
+        ApiError: 400 that names the field, the value and what is allowed.
+    """
+    try:
+        request = TokenizeRequest.model_validate_json(body)
+    except ValidationError as error:
+        raise _from_validation_error(error) from None
+    if (request.messages is None) == (request.prompt is None):
+        raise missing_value("messages", "either messages or a prompt")
     return request
 
 

@@ -7,7 +7,8 @@ reason tells its source so. Knows nothing of what the events say.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
+from types import MappingProxyType
 
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.types import Receive, Scope, Send
@@ -27,11 +28,23 @@ class EventStream(EventSourceResponse):
         content: the data of the events, in order.
         on_close: called exactly once when the response is over: sent, cut short by a client that left, or never begun.
         keepalive_seconds: a comment goes out after this much silence or talk alike; 0 for none.
+        headers: beside the ones of every event stream.
     """
 
-    def __init__(self, content: AsyncIterator[str], *, on_close: Callable[[], None], keepalive_seconds: float) -> None:
+    def __init__(
+        self,
+        content: AsyncIterator[str],
+        *,
+        on_close: Callable[[], None],
+        keepalive_seconds: float,
+        headers: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         super().__init__(
-            _with_done(content), headers=_HEADERS, ping=keepalive_seconds, ping_message_factory=_ping, sep=_SEPARATOR
+            _with_done(content),
+            headers=_HEADERS | dict(headers),
+            ping=keepalive_seconds,
+            ping_message_factory=_ping,
+            sep=_SEPARATOR,
         )
         self._on_close = on_close
 

@@ -22,10 +22,13 @@ from service.engine.interface import (
     Failed,
     Finished,
     FinishReason,
+    KvDetail,
     KVUsage,
+    StreamChoice,
     TextDelta,
 )
 from service.engine.mailbox import Dispatcher
+from service.engine.pictures import CachePictures
 from service.engine.request import RequestState
 from service.engine.runner import Feed, ModelRunner, TokensInFlight
 from service.engine.scheduler import Scheduler, StepPlan
@@ -86,6 +89,7 @@ class EngineCore:
         self._left_queue = left_queue
         self._requests: dict[str, RequestState] = {}
         self._in_flight: StepInFlight | None = None
+        self._pictures = CachePictures()
         self._restarts = 0
         self._restarted_at = float("-inf")
 
@@ -313,6 +317,8 @@ class EngineCore:
         kv: KVUsage | None = None,
     ) -> None:
         kv = kv or self._usage(state)
+        if state.row is not None:
+            self._pictures.keep_last(state, self.runner.table)
         self._free(state)
         finished = Finished(
             text=text,
@@ -333,6 +339,7 @@ class EngineCore:
 
     def _free(self, state: RequestState, *, scrub: bool = False) -> None:
         del self._requests[state.request.request_id]
+        self._pictures.forget(state.request.request_id)
         if not self.scheduler.remove(state):
             self._left_queue(state)
             return
@@ -387,6 +394,13 @@ class EngineCore:
     def stats(self) -> EngineStats:
         """The pool, the queue and every running request."""
         return engine_stats(self.runner.table, self.ledger, self.scheduler, restarts=self._restarts)
+
+    def kv_detail(self, request_id: str, positions: StreamChoice | None) -> KvDetail | None:
+        """One request's cache, stream by stream; None if nothing is known of it."""
+        state = self._requests.get(request_id)
+        if state is None:
+            return self._pictures.of_ended(request_id, positions)
+        return self._pictures.of_running(state, self.runner.table, positions)
 
 
 def _feed_of(state: RequestState, tokens: int) -> Feed:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from service.engine.admission import AdmissionLedger
 from service.engine.interface import EngineStats, KVUsage, RequestStats
 from service.engine.request import RequestState
@@ -50,7 +52,10 @@ def engine_stats(table: SequenceTable, ledger: AdmissionLedger, scheduler: Sched
         pages_used=pool.num_used,
         pages_reserved=ledger.reserved + (ledger.lane if running else 0),
         pool_bytes=pool.num_bytes,
-        running=tuple(_request_stats(state, table, per) for state, per in zip(running, layers, strict=True)),
+        running=tuple(
+            request_stats(state, table, layer_entries=per, pages=table.pages(row_of(state)))
+            for state, per in zip(running, layers, strict=True)
+        ),
         waiting=len(scheduler.waiting),
         waiting_by_reason=scheduler.waiting_by_reason(),
         queued_prompt_tokens=sum(state.prompt_tokens for state in scheduler.waiting),
@@ -58,7 +63,30 @@ def engine_stats(table: SequenceTable, ledger: AdmissionLedger, scheduler: Sched
     )
 
 
-def _request_stats(state: RequestState, table: SequenceTable, layer_entries: list[int]) -> RequestStats:
+def waiting_stats(state: RequestState, table: SequenceTable) -> RequestStats:
+    """A request that has no row yet: all figures of its cache are 0."""
+    return RequestStats(
+        request_id=state.request.request_id,
+        phase="waiting",
+        prompt_tokens=state.prompt_tokens,
+        completion_tokens=0,
+        seen_tokens=0,
+        budget=state.request.budget,
+        entries_logical=0,
+        entries_physical=0,
+        layer_entries=(0,) * table.geometry.num_layers,
+        pages_used=0,
+        pages_reserved=0,
+        evictions=0,
+        evicted_entries=0,
+        peak_entries=0,
+    )
+
+
+def request_stats(
+    state: RequestState, table: SequenceTable, *, layer_entries: Sequence[int], pages: int
+) -> RequestStats:
+    """A running request, whose layers hold `layer_entries`, [L], in `pages` pages."""
     row = row_of(state)
     return RequestStats(
         request_id=state.request.request_id,
@@ -70,7 +98,7 @@ def _request_stats(state: RequestState, table: SequenceTable, layer_entries: lis
         entries_logical=table.seen(row) * table.geometry.streams,
         entries_physical=table.held(row),
         layer_entries=tuple(layer_entries),
-        pages_used=table.pages(row),
+        pages_used=pages,
         pages_reserved=state.pages,
         evictions=state.evictions,
         evicted_entries=state.evicted_entries,

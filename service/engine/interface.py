@@ -8,7 +8,7 @@ tensors, so an engine may run in this process, in a child process, or behind ano
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
@@ -93,6 +93,21 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RequestOrigin:
+    """Where a request came from. The engine only hands it on, to what is told of the request's end.
+
+    Attributes:
+        http_request_id: `X-Request-Id` of the answer that carries it.
+        model: the served name it was asked under.
+        trace_headers: W3C `traceparent` and `tracestate`, as far as the client sent them.
+    """
+
+    http_request_id: str | None = None
+    model: str | None = None
+    trace_headers: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
     """One answer to make.
 
@@ -103,6 +118,7 @@ class GenerationRequest:
         budget: see `trimkv_core.budget.Budget`; its `prefill_chunk` belongs to the request.
         priority: lower goes first.
         arrival: `time.monotonic()` when the HTTP request came in, before tokenising.
+        origin: for logs and traces.
     """
 
     request_id: str
@@ -111,6 +127,7 @@ class GenerationRequest:
     budget: Budget
     priority: int = 0
     arrival: float
+    origin: RequestOrigin = RequestOrigin()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,10 +188,10 @@ Event = TextDelta | Finished | Failed
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestStats:
-    """One running request as `GET /v1/kv` shows it.
+    """One request as `GET /v1/kv` shows it.
 
     Attributes:
-        phase: `prefill` or `decode`.
+        phase: `prefill` or `decode`; of a single request also `waiting` and `ended`.
         seen_tokens: logical tokens in the cache.
         entries_logical: seen_tokens·L·H.
         entries_physical: entries held now.
@@ -196,6 +213,47 @@ class RequestStats:
     evictions: int
     evicted_entries: int
     peak_entries: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamPositions:
+    """Logical positions that one stream holds, sorted."""
+
+    layer: int
+    head: int
+    positions: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamChoice:
+    """Streams whose positions are wanted; None: all layers, all heads."""
+
+    layer: int | None = None
+    head: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvDetail:
+    """One request's cache, stream by stream, taken between two steps.
+
+    Attributes:
+        request: its figures at that moment.
+        age_seconds: how long ago that was.
+        head_entries: entries held, [L][H].
+        token_streams: for every seen token in order, the prompt's first, how many of the L·H streams hold it; None
+            where that would have cost too much to find out.
+        positions: of the streams asked for; None if none were, or if they are not known.
+    """
+
+    request: RequestStats
+    age_seconds: float
+    head_entries: tuple[tuple[int, ...], ...]
+    token_streams: tuple[int, ...] | None
+    positions: tuple[StreamPositions, ...] | None
+
+
+class TooManyPositions(Exception):
+    """More positions were asked for than one answer carries."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -303,6 +361,18 @@ class Engine(Protocol):
         """Figures taken between two steps; the last ones known while a step takes long."""
         ...
 
+    async def kv_detail(self, request_id: str, *, positions: StreamChoice | None = None) -> KvDetail | None:
+        """One request's cache, stream by stream; None for an id that is unknown, or ended some time ago.
+
+        Args:
+            positions: streams whose positions are wanted as well.
+
+        Raises:
+            TooManyPositions: these streams hold more than one answer carries.
+            TimeoutError: the running step takes too long.
+        """
+        ...
+
     async def drain(self, timeout_seconds: float) -> None:
         """Take no more requests, let the running ones end, abort what is left after the timeout, stop the worker."""
         ...
@@ -312,7 +382,7 @@ class Engine(Protocol):
 class FinishedRequest:
     """What is known of a request when it has ended, for metrics and the log line.
 
-    Times in seconds; None where the phase was never reached. `itl` has one value per generated token after the first.
+    Times in seconds; None where the phase was never reached. `sampling` None: not said.
     """
 
     request_id: str
@@ -327,6 +397,8 @@ class FinishedRequest:
     queue_time: float | None
     prefill_time: float | None
     decode_time: float | None
+    sampling: SamplingParams | None = None
+    origin: RequestOrigin = RequestOrigin()
 
 
 class EngineObserver(Protocol):

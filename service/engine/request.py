@@ -76,6 +76,8 @@ class RequestState:
             queue_time=_between(arrival, self.admitted_at),
             prefill_time=_between(self.admitted_at, self.prefilled_at),
             decode_time=_between(self.prefilled_at, self.last_token_at),
+            sampling=self.request.sampling,
+            origin=self.request.origin,
         )
 
 

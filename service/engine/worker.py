@@ -25,9 +25,11 @@ from service.engine.interface import (
     EngineStats,
     Event,
     GenerationRequest,
+    KvDetail,
     ModelInfo,
     QueueSlot,
     RejectionReason,
+    StreamChoice,
     SubmitError,
 )
 from service.engine.loader import LoadedEngine, load_engine
@@ -39,6 +41,7 @@ from service.generation.stopping import AnswerStream
 logger = logging.getLogger(__name__)
 
 _STATS_TIMEOUT_SECONDS = 1.0
+_DETAIL_TIMEOUT_SECONDS = 10.0
 
 Command = Callable[[EngineCore], None]
 Result = TypeVar("Result")
@@ -142,6 +145,15 @@ class EngineWorker:
         if self._last_stats is None:
             raise RuntimeError("the engine has no figures yet")
         return self._last_stats
+
+    async def kv_detail(self, request_id: str, *, positions: StreamChoice | None = None) -> KvDetail | None:
+        """One request's cache, stream by stream, taken between two steps; None if nothing is known of it."""
+        if self._state is EngineState.FAILED or self._core is None:
+            return None
+        answer: Future[KvDetail | None] = Future()
+        self._commands.put(lambda core: _settle(answer, lambda: core.kv_detail(request_id, positions)))
+        async with asyncio.timeout(_DETAIL_TIMEOUT_SECONDS):
+            return await asyncio.wrap_future(answer)
 
     async def drain(self, timeout_seconds: float) -> None:
         """Take no more requests, let the running ones end, abort the rest, stop the worker."""

@@ -23,11 +23,13 @@ from service.engine.interface import (
     Finished,
     FinishReason,
     GenerationRequest,
+    KvDetail,
     KVUsage,
     ModelInfo,
     QueueSlot,
     RejectionReason,
     RequestStats,
+    StreamChoice,
     SubmitError,
     TextDelta,
 )
@@ -108,6 +110,7 @@ class ScriptedEngine:
         self.refusal: SubmitError | None = None
         self.drained = threading.Event()
         self.running: tuple[RequestStats, ...] = ()
+        self.detail: Callable[[str, StreamChoice | None], KvDetail | None] = lambda _id, _positions: None
 
     @property
     def info(self) -> ModelInfo:
@@ -148,6 +151,9 @@ class ScriptedEngine:
             queued_prompt_tokens=12,
             restarts=0,
         )
+
+    async def kv_detail(self, request_id: str, *, positions: StreamChoice | None = None) -> KvDetail | None:
+        return self.detail(request_id, positions)
 
     async def drain(self, timeout_seconds: float) -> None:
         self.state = EngineState.DRAINING
