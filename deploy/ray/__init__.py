@@ -1,0 +1,1 @@
+"""A fleet of engines on Ray Serve. Inside this package, `ray` is the library: imports are absolute."""

@@ -1,0 +1,197 @@
+"""A fleet on Ray Serve: the service's API as the ingress, engines as a deployment that follows demand.
+
+    serve run deploy.ray.app:app model=embedded max_replicas=2
+
+The only module that imports `ray`: it carries the calls of `service.fleet.calls.Fleet`, and says how many of what there
+are. What is called, and what happens when an engine is lost, is `service.fleet`'s business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+from ray import serve
+from ray.serve.config import AutoscalingConfig
+from ray.serve.exceptions import DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from service.engine.interface import Event, GenerationRequest, KvDetail, ModelInfo, StreamChoice, TooManyPositions
+from service.fleet.calls import EventBatches, ReplicaReport
+from service.fleet.options import DRAIN_MARGIN_SECONDS, FleetOptions, read_arguments
+from service.settings import Settings
+
+# An engine that computes a long step answers when it is over, and only then.
+REPORT_SECONDS = 3.0
+DETAIL_SECONDS = 10.0
+HEALTH_CHECK_PERIOD_SECONDS = 5.0
+HEALTH_CHECK_TIMEOUT_SECONDS = 30.0
+# Beside the requests that it computes, an engine is given some that wait: it never idles until the next is sent.
+WAITING_SHARE = 0.25
+TARGET_SHARE = 0.75
+# The door counts its own queue; Serve must not cut it short, and health checks and metrics come on top.
+DOOR_ONGOING_REQUESTS = 100_000
+EXIT_FAILURE = 1
+
+
+class RayFleet:
+    """A `Fleet` whose calls go through a Serve handle: to the less busy of two engines drawn at random."""
+
+    def __init__(self, handle: DeploymentHandle[Any]) -> None:
+        self._handle = handle
+
+    def generate(self, request: GenerationRequest, arrived: float) -> EventBatches:
+        """Have one engine make an answer."""
+        handle = self._handle.options(method_name="generate", stream=True)
+        return cast(EventBatches, handle.remote(request, arrived))
+
+    async def info(self) -> ModelInfo:
+        """What an engine has loaded."""
+        return cast(ModelInfo, await self._handle.options(method_name="info").remote())
+
+    async def reports(self, *, with_exposition: bool) -> Sequence[ReplicaReport]:
+        """Of all engines that answer in time."""
+        found = await self._ask_all("report", with_exposition, seconds=REPORT_SECONDS)
+        return [report for report in found if isinstance(report, ReplicaReport)]
+
+    async def kv_details(self, request_id: str, positions: StreamChoice | None) -> Sequence[KvDetail]:
+        """Of the engine that knows this request."""
+        found = await self._ask_all("kv_detail", request_id, positions, seconds=DETAIL_SECONDS)
+        details = [detail for detail in found if isinstance(detail, KvDetail)]
+        failures = [failure for failure in found if isinstance(failure, TooManyPositions | TimeoutError)]
+        if not details and failures:
+            raise failures[0]
+        return details
+
+    async def _ask_all(self, method: str, *arguments: object, seconds: float) -> Sequence[object]:
+        """What every engine answers, or raises; an engine that takes too long counts as one that raised."""
+        try:
+            answers = self._handle.broadcast(method, *arguments, seconds)
+            # Each engine keeps to the limit itself: waiting for all of them would lose the answers of the quick ones.
+            found = await answers.results_async(timeout_s=seconds + 2.0, return_exceptions=True)
+        except (DeploymentUnavailableError, TimeoutError):
+            return ()
+        return cast("Sequence[object]", found)
+
+
+@serve.deployment(name="engine")
+class EngineDeployment:
+    """One engine in a process of its own."""
+
+    async def __init__(self, settings: Settings) -> None:
+        # As in `service.cli`: it has to be said before torch loads OpenMP.
+        os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+        from service.engine.worker import EngineWorker
+        from service.fleet.replica import EngineReplica
+        from service.logs import LoggedMetrics, setup_logging
+
+        setup_logging(settings.log_level, log_format=settings.log_format)
+        metrics = LoggedMetrics()
+        # The door has counted them already, for the whole fleet.
+        config = replace(settings.engine_config(), max_queue_requests=1_000_000, max_queue_tokens=2**40)
+        self._settings = settings
+        self._replica = EngineReplica(
+            serve.get_replica_context().replica_tag,
+            EngineWorker(config, metrics),
+            metrics,
+            watchdog_seconds=settings.watchdog_seconds,
+            end_process=_end_process,
+        )
+        await self._replica.start()
+
+    async def generate(self, request: GenerationRequest, arrived: float) -> AsyncIterator[tuple[Event, ...]]:
+        async for events in self._replica.generate(request, arrived):
+            yield events
+
+    async def info(self) -> ModelInfo:
+        return self._replica.info()
+
+    async def report(self, with_exposition: bool, seconds: float) -> ReplicaReport:
+        async with asyncio.timeout(seconds):
+            return await self._replica.report(with_exposition=with_exposition)
+
+    async def kv_detail(self, request_id: str, positions: StreamChoice | None, seconds: float) -> KvDetail | None:
+        async with asyncio.timeout(seconds):
+            return await self._replica.kv_detail(request_id, positions)
+
+    async def check_health(self) -> None:
+        """Asked by Serve, which replaces an engine that raises three times in a row."""
+        self._replica.check_health()
+
+    async def __del__(self) -> None:
+        """Called by Serve once the last answer has ended, or has had its time."""
+        replica = getattr(self, "_replica", None)
+        if replica is not None:
+            await replica.drain(0.0)
+
+
+@serve.deployment(name="door")
+@serve.ingress()
+class Door:
+    """The service's own app, with a fleet where one process has its engine."""
+
+    def __init__(self, engines: DeploymentHandle[Any], settings: Settings) -> None:
+        self._engines = engines
+        self._settings = settings
+
+    def __serve_build_asgi_app__(self) -> Any:
+        """The app, built in the process that runs it; Serve's name for it."""
+        from service.app import create_app
+        from service.fleet.engine import FleetEngine
+        from service.fleet.metrics import FleetMetrics
+        from service.logs import setup_logging
+
+        settings = self._settings
+        setup_logging(settings.log_level, log_format=settings.log_format)
+        metrics = FleetMetrics(f"door-{serve.get_replica_context().replica_tag}")
+        engine = FleetEngine(
+            RayFleet(self._engines),
+            metrics,
+            max_queue_requests=settings.max_queue_requests,
+            max_queue_tokens=settings.max_queue_tokens,
+            prefill_chunk=settings.prefill_chunk,
+        )
+        return create_app(settings=settings, engine=engine, metrics=metrics)
+
+
+def app(arguments: Mapping[str, Any]) -> serve.Application:
+    """The application out of `name=value` arguments: see `FleetOptions`, and `trimkv-serve --help` for the settings.
+
+    Raises:
+        SettingsError: an argument that is not possible; one line.
+    """
+    options, settings = read_arguments(arguments)
+    return fleet(options, settings)
+
+
+def fleet(options: FleetOptions, settings: Settings) -> serve.Application:
+    """The application of a fleet of this size."""
+    waiting = max(1, round(WAITING_SHARE * settings.max_num_seqs))
+    grace = settings.drain_timeout + DRAIN_MARGIN_SECONDS
+    engines = EngineDeployment.options(
+        max_ongoing_requests=settings.max_num_seqs + waiting,
+        autoscaling_config=AutoscalingConfig(
+            min_replicas=options.min_replicas,
+            max_replicas=options.max_replicas or options.min_replicas,
+            target_ongoing_requests=options.target_ongoing_requests or TARGET_SHARE * settings.max_num_seqs,
+            upscale_delay_s=options.upscale_delay_s,
+            downscale_delay_s=options.downscale_delay_s,
+        ),
+        graceful_shutdown_timeout_s=grace,
+        health_check_period_s=HEALTH_CHECK_PERIOD_SECONDS,
+        health_check_timeout_s=HEALTH_CHECK_TIMEOUT_SECONDS,
+        ray_actor_options={"num_cpus": options.num_cpus, "num_gpus": options.num_gpus},
+    ).bind(settings)
+    return Door.options(
+        num_replicas=1,
+        max_ongoing_requests=DOOR_ONGOING_REQUESTS,
+        graceful_shutdown_timeout_s=grace,
+        ray_actor_options={"num_cpus": 1},
+    ).bind(engines, settings)
+
+
+def _end_process() -> None:
+    os._exit(EXIT_FAILURE)

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import asyncio
+import pickle
+from collections.abc import AsyncIterator
+
+import pytest
+
+from service.engine.interface import EngineState, Event
+from service.fleet import replica as replica_module
+from service.fleet.replica import EngineReplica, ReplicaUnhealthyError, in_batches
+from service.metrics import Metrics
+from tests.fleet.pretend import INFO, ToldEngine, end, request, word
+
+
+def make(engine: ToldEngine, *, ends: list[str] | None = None) -> EngineReplica:
+    noted = [] if ends is None else ends
+    return EngineReplica("e0", engine, Metrics(), watchdog_seconds=10, end_process=lambda: noted.append("ended"))
+
+
+async def test_events_that_come_while_one_bundle_travels_leave_as_the_next() -> None:
+    events = [word("a"), word("b"), word("c"), end("d")]
+
+    async def source() -> AsyncIterator[Event]:
+        yield events[0]
+        await asyncio.sleep(0.02)
+        for event in events[1:]:
+            yield event
+
+    bundles = []
+    async for bundle in in_batches(source()):
+        bundles.append(bundle)
+        await asyncio.sleep(0.05)
+    assert bundles == [(events[0],), tuple(events[1:])]
+
+
+async def test_what_a_source_raises_is_not_swallowed() -> None:
+    async def source() -> AsyncIterator[Event]:
+        yield word("a")
+        raise ValueError("broken")
+
+    bundles = in_batches(source())
+    assert await anext(bundles) == (word("a"),)
+    with pytest.raises(ValueError, match="broken"):
+        await anext(bundles)
+
+
+async def test_a_call_that_is_given_up_aborts_its_request() -> None:
+    engine = ToldEngine()
+    replica = make(engine)
+    await replica.start()
+    bundles = replica.generate(request("a"), 0.0)
+    step = asyncio.ensure_future(anext(bundles))
+    await asyncio.sleep(0.02)
+    engine.say("a", word("x"))
+    assert await step == (word("x"),)
+    waiting = asyncio.ensure_future(anext(bundles))
+    await asyncio.sleep(0.02)
+    assert engine.aborted == []
+    waiting.cancel()
+    await asyncio.wait([waiting])
+    assert engine.aborted == ["a"]
+
+
+def test_what_crosses_survives_the_crossing() -> None:
+    for value in (request("a"), word("x"), end("y"), INFO):
+        assert pickle.loads(pickle.dumps(value)) == value
+
+
+async def test_an_engine_that_cannot_load_says_why() -> None:
+    engine = ToldEngine()
+    engine.failure = ValueError("no such model")
+
+    def start() -> None:
+        engine.state = EngineState.FAILED
+
+    engine.start = start  # type: ignore[method-assign]
+    with pytest.raises(ReplicaUnhealthyError, match="no such model"):
+        await make(engine).start()
+
+
+async def test_a_step_that_hangs_is_unhealthy_and_one_that_runs_is_not() -> None:
+    engine = ToldEngine()
+    replica = make(engine)
+    await replica.start()
+    engine.last_step_age_seconds = 9.9
+    replica.check_health()
+    engine.last_step_age_seconds = 10.1
+    with pytest.raises(ReplicaUnhealthyError, match=r"10\.1 s old"):
+        replica.check_health()
+
+
+async def test_the_process_of_a_failed_engine_ends_and_one_that_drains_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(replica_module, "LAST_WORDS_SECONDS", 0.0)
+    monkeypatch.setattr(replica_module, "POLL_SECONDS", 0.01)
+    for drains, expected in ((False, ["ended"]), (True, [])):
+        ends: list[str] = []
+        engine = ToldEngine()
+        replica = make(engine, ends=ends)
+        await replica.start()
+        if drains:
+            await replica.drain(0.0)
+        engine.state = EngineState.FAILED
+        await asyncio.sleep(0.1)
+        assert ends == expected
