@@ -139,6 +139,7 @@ def table(title: str, queries: Mapping[str, tuple[str, str]], text: str, *, key:
         defaults={"custom": {"align": "auto"}},
         options={"showHeader": True},
         width=COLUMNS,
+        height=6,
     )
     panel["fieldConfig"]["overrides"] = overrides
     panel["transformations"] = [

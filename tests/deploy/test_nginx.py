@@ -216,7 +216,7 @@ async def test_full_queues_turn_the_surplus_away_and_fail_nobody(proxy: Proxy, r
     refused = [answer for answer in answers if answer.status_code == 503]
     served = [answer for answer in answers if answer.status_code == 200]
     assert refused
-    assert len(served) >= 8  # what two replicas compute and queue
+    assert len(served) >= 4  # two places in each queue, if none has left it yet
     assert len(served) + len(refused) == 20
     assert all(int(answer.headers["Retry-After"]) >= 1 for answer in refused)
     assert all(answer.json()["error"]["message"].startswith("the queue is full") for answer in refused)
@@ -234,7 +234,7 @@ async def test_a_client_that_goes_away_frees_its_pages_behind_the_proxy(
 
 
 def test_a_body_that_nginx_keeps_on_disk_arrives_whole(proxy: Proxy, replicas: tuple[Live, Live]) -> None:
-    answer = post(proxy, messages=[{"role": "user", "content": "word " * 600_000}])
+    answer = post(proxy, messages=[{"role": "user", "content": "word " * 300_000}])
     assert answer.status_code == 400
     assert answer.json()["error"]["code"] == "context_length_exceeded"
 
