@@ -87,12 +87,13 @@ class EngineDeployment:
         from service.engine.worker import EngineWorker
         from service.fleet.replica import EngineReplica
         from service.logs import LoggedMetrics, setup_logging
+        from service.traces import TracedMetrics, open_traces
 
         setup_logging(settings.log_level, log_format=settings.log_format)
-        metrics = LoggedMetrics()
+        self._traces = open_traces(os.environ)
+        metrics = TracedMetrics(self._traces) if self._traces else LoggedMetrics()
         # The door has counted them already, for the whole fleet.
         config = replace(settings.engine_config(), max_queue_requests=1_000_000, max_queue_tokens=2**40)
-        self._settings = settings
         self._replica = EngineReplica(
             serve.get_replica_context().replica_tag,
             EngineWorker(config, metrics),
@@ -126,6 +127,8 @@ class EngineDeployment:
         replica = getattr(self, "_replica", None)
         if replica is not None:
             await replica.drain(0.0)
+            if self._traces:
+                await asyncio.to_thread(self._traces.close)
 
 
 @serve.deployment(name="door")

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
-from service.engine.interface import EngineStats
+from service.engine.interface import EngineStats, RejectionReason, SubmitError
 from service.fleet.calls import Fleet, ReplicaReport
 
 # Several who look within this time see the same figures: pages that poll must not cost the engines anything.
@@ -37,11 +37,11 @@ class FleetFigures:
         """The fleet as one engine.
 
         Raises:
-            RuntimeError: no engine answers.
+            SubmitError: no engine answers.
         """
         reports = await self.reports()
         if not reports:
-            raise RuntimeError("no engine of the fleet answers")
+            raise SubmitError(RejectionReason.NOT_READY, "no engine of the fleet answers")
         return add_up([report.stats for report in reports])
 
 

@@ -159,3 +159,10 @@ async def test_the_fleets_figures_are_all_engines_added_up_and_asked_once(door: 
     assert dict(first.waiting_by_reason) == {"capacity": 4}
     assert second == first
     assert door.fleet.times_asked == 1
+
+
+async def test_a_fleet_without_engines_says_so_where_it_is_asked_for_figures() -> None:
+    engine = FleetEngine(PretendFleet([]), Metrics(), max_queue_requests=1, max_queue_tokens=1, prefill_chunk=512)
+    with pytest.raises(SubmitError) as caught:
+        await engine.stats()
+    assert caught.value.reason is RejectionReason.NOT_READY
