@@ -77,11 +77,10 @@ class RayFleet:
         return cast("Sequence[object]", found)
 
 
-@serve.deployment(name="engine")
 class EngineDeployment:
     """One engine in a process of its own."""
 
-    async def __init__(self, settings: Settings) -> None:
+    async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
         # As in `service.cli`: it has to be said before torch loads OpenMP.
         os.environ.setdefault("GOMP_SPINCOUNT", "20000")
         from service.engine.worker import EngineWorker
@@ -131,8 +130,6 @@ class EngineDeployment:
                 await asyncio.to_thread(self._traces.close)
 
 
-@serve.deployment(name="door")
-@serve.ingress()
 class Door:
     """The service's own app, with a fleet where one process has its engine."""
 
@@ -174,7 +171,9 @@ def fleet(options: FleetOptions, settings: Settings) -> serve.Application:
     """The application of a fleet of this size."""
     waiting = max(1, round(WAITING_SHARE * settings.max_num_seqs))
     grace = settings.drain_timeout + DRAIN_MARGIN_SECONDS
-    engines = EngineDeployment.options(
+    engines = serve.deployment(
+        EngineDeployment,
+        name="engine",
         max_ongoing_requests=settings.max_num_seqs + waiting,
         autoscaling_config=AutoscalingConfig(
             min_replicas=options.min_replicas,
@@ -188,7 +187,9 @@ def fleet(options: FleetOptions, settings: Settings) -> serve.Application:
         health_check_timeout_s=HEALTH_CHECK_TIMEOUT_SECONDS,
         ray_actor_options={"num_cpus": options.num_cpus, "num_gpus": options.num_gpus},
     ).bind(settings)
-    return Door.options(
+    return serve.deployment(
+        serve.ingress()(Door),
+        name="door",
         num_replicas=1,
         max_ongoing_requests=DOOR_ONGOING_REQUESTS,
         graceful_shutdown_timeout_s=grace,

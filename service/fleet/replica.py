@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 POLL_SECONDS = 0.1
 # What the last events of a failed engine get to leave the process.
 LAST_WORDS_SECONDS = 2.0
+# A message costs what carries it more than its tokens do: a stream sends no more than these many seconds apart allow.
+BUNDLE_SECONDS = 0.03
 
 
 class ReplicaUnhealthyError(RuntimeError):
@@ -150,8 +152,10 @@ class EngineReplica:
         return f"{type(failure).__name__}: {failure}"
 
 
-async def in_batches(events: AsyncIterator[Event]) -> AsyncIterator[tuple[Event, ...]]:
-    """`events`, bundled: all that came while the last bundle was on its way. A slow way gets fewer, larger ones."""
+async def in_batches(
+    events: AsyncIterator[Event], *, pause_seconds: float = BUNDLE_SECONDS
+) -> AsyncIterator[tuple[Event, ...]]:
+    """`events`, bundled: the first at once, then all that came within `pause_seconds` of the last bundle."""
     arrived: asyncio.Queue[Event | None] = asyncio.Queue()
 
     async def pump() -> None:
@@ -163,15 +167,16 @@ async def in_batches(events: AsyncIterator[Event]) -> AsyncIterator[tuple[Event,
 
     pumping = asyncio.create_task(pump())
     try:
-        is_over = False
-        while not is_over:
+        while True:
             batch = [await arrived.get()]
             while not arrived.empty():
                 batch.append(arrived.get_nowait())
             said = tuple(event for event in batch if event is not None)
             if said:
                 yield said
-            is_over = None in batch or isinstance(said[-1], Finished | Failed)
+            if None in batch or isinstance(said[-1], Finished | Failed):
+                break
+            await asyncio.sleep(pause_seconds)
         if pumping.done():
             pumping.result()  # what the source raised is the reader's business
     finally:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+import time
 from collections.abc import AsyncIterator
 
 import pytest
@@ -18,20 +19,19 @@ def make(engine: ToldEngine, *, ends: list[str] | None = None) -> EngineReplica:
     return EngineReplica("e0", engine, Metrics(), watchdog_seconds=10, end_process=lambda: noted.append("ended"))
 
 
-async def test_events_that_come_while_one_bundle_travels_leave_as_the_next() -> None:
+async def test_the_first_event_leaves_at_once_and_those_that_follow_quickly_as_one_bundle() -> None:
     events = [word("a"), word("b"), word("c"), end("d")]
 
     async def source() -> AsyncIterator[Event]:
-        yield events[0]
-        await asyncio.sleep(0.02)
-        for event in events[1:]:
+        for event in events:
             yield event
+            await asyncio.sleep(0.005)
 
-    bundles = []
-    async for bundle in in_batches(source()):
-        bundles.append(bundle)
-        await asyncio.sleep(0.05)
-    assert bundles == [(events[0],), tuple(events[1:])]
+    began = time.monotonic()
+    bundles = in_batches(source(), pause_seconds=0.2)
+    assert await anext(bundles) == (events[0],)
+    assert time.monotonic() - began < 0.1
+    assert [bundle async for bundle in bundles] == [tuple(events[1:])]
 
 
 async def test_what_a_source_raises_is_not_swallowed() -> None:
