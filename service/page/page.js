@@ -556,7 +556,7 @@ class TokenView extends View {
         brush.fillRect(this.x[nth], y, this.width_[nth], this.lineHeight - 3);
       }
       brush.globalAlpha = isSeen ? 1 : 0.55;
-      brush.fillStyle = isSeen && this.holders && !held ? colours.faint : strong > 0.55 ? "#1f1402" : colours.ink;
+      brush.fillStyle = isSeen && this.holders && !held ? colours.faint : strong > 0.65 ? "#1f1402" : colours.ink;
       brush.fillText(this.x[nth] ? this.shown(nth) : this.atStart(nth), this.x[nth], y + 13);
       brush.globalAlpha = 1;
       if (nth === this.prompt) {
@@ -627,7 +627,7 @@ class Watcher {
       timeView.add({ seconds: Math.max(seconds, timeView.points.at(-1)?.seconds ?? 0), logical: detail.entries_logical, physical: detail.entries_physical });
     }
     heatView.show(detail.head_entries, detail.seen_tokens);
-    if (!tokenView.texts.length && detail.prompt_tokens) tokenView.setPrompt(null, detail.prompt_tokens);
+    if (!tokenView.prompt && detail.prompt_tokens) tokenView.setPrompt(null, detail.prompt_tokens);
     if (picked && detail.positions) {
       const holders = new Uint8Array(detail.seen_tokens);
       for (const position of detail.positions[0].positions) holders[position] = 1;
@@ -813,7 +813,7 @@ async function send(text) {
   article.classList.remove("busy");
   article.removeAttribute("aria-busy");
   talk.push({ role: "assistant", content: answer.text });
-  if (!answer.text && !answer.reason) talk.splice(-2);
+  if (!answer.text) talk.splice(-2);
   if (running === mine) await watched?.end();
   note(article, answer);
   if (isAtEnd()) $("log").scrollTop = $("log").scrollHeight;

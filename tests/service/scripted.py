@@ -12,6 +12,7 @@ from dataclasses import replace
 from types import TracebackType
 
 import uvicorn
+from tokenizers import Tokenizer, decoders, models
 
 from service.api.context import ApiContext
 from service.app import create_app
@@ -175,10 +176,11 @@ class _Slot:
 
 
 class CountingChatFormat(ChatFormat):
-    """One token a character."""
+    """One token a character, all of them the same: back in text each is a `w`."""
 
     def __init__(self) -> None:
-        pass
+        self.backend = Tokenizer(models.WordLevel({"w": 1}, unk_token="w"))
+        self.backend.decoder = decoders.Fuse()
 
     def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
         return [1] * sum(len(message.content or "") for message in messages)
