@@ -277,6 +277,9 @@ class HeatView extends View {
     let most = 0;
     for (const layer of entries) for (const held of layer) if (held > most) most = held;
     this.most = most;
+    // Eight heads need more room than three.
+    const high = entries.length ? `${clamp(entries[0].length * 15 + 18, 99, 200)}px` : "";
+    if (this.canvas.style.height !== high) this.canvas.style.height = high;
     $("heat-top").textContent = most ? `${number(most)} entries` : "full";
     this.choose(this.cursor);
   }
@@ -648,6 +651,12 @@ function showTiles(detail) {
   setText("t-cuts", number(detail.evictions));
 }
 
+function clearTiles() {
+  for (const id of ["t-seen", "t-kept", "t-bytes", "t-cuts"]) setText(id, "–");
+  setText("t-phase", "idle");
+  setText("t-dense", "memory");
+}
+
 function setText(id, text) {
   if ($(id).textContent !== text) $(id).textContent = text;
 }
@@ -828,6 +837,8 @@ async function stream(answer, mine) {
   watched = null;
   tokenView.clear();
   timeView.clear();
+  heatView.show(heatView.entries.map((layer) => layer.map(() => 0)), 0);
+  clearTiles();
   showPrompt(body, mine);
   const response = await call("v1/chat/completions", { body, signal: mine.signal });
   // Known before the first token, so that reading the prompt can be watched too.
@@ -1003,9 +1014,7 @@ function newChat() {
   heatView.picked = null;
   heatView.show([], 0);
   onPickStream(null);
-  for (const id of ["t-seen", "t-kept", "t-bytes", "t-cuts"]) setText(id, "–");
-  setText("t-phase", "idle");
-  setText("t-dense", "memory");
+  clearTiles();
   $("message").focus();
 }
 
