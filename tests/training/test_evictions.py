@@ -63,3 +63,11 @@ def test_gradients_reach_what_was_dropped() -> None:
     assert log_beta.grad is not None
     assert torch.isfinite(log_beta.grad).all()
     assert (log_beta.grad[:, :60] > 0).float().mean() > 0.9
+
+
+def test_a_budget_below_one_entry_keeps_one() -> None:
+    """As `--eviction-spread` may draw it."""
+    log_beta = -torch.rand(3, 40, generator=torch.Generator().manual_seed(0))
+    rule = EvictionRule(memory_size=0.2, interval=16, is_global=False, softness=1e-6)
+    table = eviction_table(log_beta, eviction_lines(log_beta, rule), rule)
+    assert ((table[:, 1, :16] > -1e-5).sum(1) == 1).all()

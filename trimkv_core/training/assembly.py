@@ -119,12 +119,21 @@ def load_decoder(settings: TrainSettings, config: GateConfig, data: TrainingData
     Raises:
         CheckpointError: the gates to start from do not fit.
         UnsupportedModelError: a model family that is not known.
+        SettingsError: an attention that cannot be trained on this device.
     """
+    if settings.attention == "flex" and device.type != "cuda":
+        raise SettingsError(
+            f"--attention=flex is not possible on {device.type}: PyTorch has no backward pass of FlexAttention there; "
+            "use auto, blocked or eager"
+        )
     asked = settings.dtype
     dtype: Any = "auto" if asked == "auto" else getattr(torch, asked)
     if asked == "auto" and device.type == "cpu":
         dtype = torch.float32
     model = TrimKVForCausalLM.from_base(settings.model, dtype=dtype).to(device)
+    longest, known = max(settings.seq_len, settings.long_seq_len or 0), model.config.max_position_embeddings
+    if longest > known:
+        logger.warning("rows of %d tokens are longer than the %d that %s knows", longest, known, settings.model)
     torch.manual_seed(settings.seed)  # the same fresh gates in every process
     calibration = data.stream.first_row().to(device) if settings.scale_inputs else None
     prepare_gates(model, config, scales_inputs=settings.scale_inputs, calibration=calibration)

@@ -9,7 +9,7 @@ Letters: H KV heads, G query heads a KV head, D head dimension, T tokens of one 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,16 +37,20 @@ class Decay:
         """What the gradient goes to."""
         return self.log_beta
 
+    def without_source(self) -> Decay:
+        """The same, holding no tensor: who keeps it keeps no memory alive."""
+        return replace(self, log_beta=self.log_beta.new_empty(0))
+
     def bias(self, source: Tensor, first: int, last: int) -> Tensor:
         """Biases of queries first ≤ i < last on entries j < last: [H, i, j]; 0 where j > i."""
         return self.shape.bias(self._score(source, first, last))
 
-    def pull(self, source: Tensor, grad: Tensor, first: int, last: int) -> Tensor:
-        """The gradient of `source` [H, j < last] from that of its biases [H, i, j]."""
+    def pull(self, into: Tensor, source: Tensor, *, grad: Tensor, first: int, last: int) -> None:
+        """Add the gradient of `source` from that of a block's biases [H, i, j] to `into`."""
         ages = self._ages(source, first, last)
         if not self.shape.is_plain:
             grad = grad * self.shape.slope(source[:, None, :last] * ages)
-        return torch.einsum("hij,ij->hj", grad, ages)
+        into[:, :last] += torch.einsum("hij,ij->hj", grad, ages)
 
     @staticmethod
     def _ages(source: Tensor, first: int, last: int) -> Tensor:
@@ -74,6 +78,10 @@ class EvictionBias:
         """What the gradient goes to."""
         return self.table
 
+    def without_source(self) -> EvictionBias:
+        """As `Decay.without_source`."""
+        return replace(self, table=self.table.new_empty(0))
+
     def bias(self, source: Tensor, first: int, last: int) -> Tensor:
         """As `Decay.bias`."""
         rows = torch.arange(first, last, device=source.device) // self.interval
@@ -81,11 +89,13 @@ class EvictionBias:
             rows = rows[:1]
         return source[:, rows, :last]
 
-    def pull(self, source: Tensor, grad: Tensor, first: int, last: int) -> Tensor:
-        """The gradient of the rows of `source` that a block reads, [H, K, j < last]."""
-        rows = torch.arange(first, last, device=source.device) // self.interval
-        result = source.new_zeros(source.shape[0], source.shape[1], last)
-        return result.index_add_(1, rows, grad)
+    def pull(self, into: Tensor, source: Tensor, *, grad: Tensor, first: int, last: int) -> None:
+        """As `Decay.pull`."""
+        # Only the few rows that the block reads, not zeros as large as the whole table for every block.
+        lowest, highest = first // self.interval, (last - 1) // self.interval
+        rows = torch.arange(first, last, device=source.device) // self.interval - lowest
+        part = source.new_zeros(source.shape[0], highest + 1 - lowest, last).index_add_(1, rows, grad)
+        into[:, lowest : highest + 1, :last] += part
 
 
 Bias = Decay | EvictionBias
@@ -119,7 +129,9 @@ def blocked_attention(
 ) -> Tensor:
     """As `eager_attention`, a block of queries at a time, with a backward pass that makes each block anew."""
     source = query.new_empty(0) if bias is None else bias.source
-    result: Tensor = _Blocked.apply(query, key, value, source, bias, scale, window)  # type: ignore[no-untyped-call]
+    # Autograd keeps what it saves only as long as checkpointing lets it; what else is kept must hold no tensor.
+    rule = None if bias is None else bias.without_source()
+    result: Tensor = _Blocked.apply(query, key, value, source, rule, scale, window)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -132,7 +144,7 @@ def _visible(first: int, last: int, window: int | None, device: torch.device) ->
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """What both passes need."""
+    """What both passes need; `bias` holds no source of its own."""
 
     bias: Bias | None
     scale: float
@@ -199,7 +211,7 @@ class _Blocked(torch.autograd.Function):
             logit_grad = torch._softmax_backward_data(weight_grad, weights, -1, torch.float32)
             if source_grad is not None and call.bias is not None:
                 summed = logit_grad.view(heads, -1, last - first, last).sum(1)
-                source_grad[..., :last] += call.bias.pull(source, summed, first, last)
+                call.bias.pull(source_grad, source, grad=summed, first=first, last=last)
             logit_grad = logit_grad.mul_(call.scale).to(query.dtype)
             if query_grad is not None:
                 query_grad[:, first:last] = (logit_grad @ key[:, :last]).view(-1, last - first, dim)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORED = -100
+from trimkv_core.training.batch import IGNORED
 
 
 class LossKind(StrEnum):

@@ -8,18 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trimkv_core.training.attention import Bias, Decay, EvictionBias
 from trimkv_core.training.batch import PackedBatch
 from trimkv_core.training.capacity import capacity_overrun, join_overruns
 from trimkv_core.training.evictions import EvictionRule, eviction_lines, eviction_table
-from trimkv_core.training.gated_model import (
-    BiasMaker,
-    Document,
-    GatedDecoder,
-    documents_of,
-)
+from trimkv_core.training.gated_model import BiasMaker, Document, GatedDecoder, documents_of
 from trimkv_core.training.losses import LossKind, TokenLosses, blocked_token_losses
 from trimkv_core.training.retention_sums import retention_sums
 from trimkv_core.training.shapes import DecayShape
@@ -68,17 +63,6 @@ class StepLoss:
     soft_size: Tensor
 
 
-class TrainingStep(nn.Module):
-    """The loss as a module, so that several GPUs can wrap it."""
-
-    def __init__(self, decoder: GatedDecoder) -> None:
-        super().__init__()
-        self.decoder = decoder
-
-    def forward(self, batch: PackedBatch, objective: Objective) -> StepLoss:
-        return step_loss(self.decoder, batch, objective)
-
-
 def step_loss(decoder: GatedDecoder, batch: PackedBatch, objective: Objective) -> StepLoss:
     """One step's loss over a packed batch.
 
@@ -91,10 +75,10 @@ def step_loss(decoder: GatedDecoder, batch: PackedBatch, objective: Objective) -
     lines: list[Tensor] | None = None
     with torch.no_grad():
         # The lines must be known before the first layer is gated: the ungated pass draws them.
-        teacher, log_beta = decoder.read(batch, is_gated=objective.evictions is not None)
+        teacher, log_beta = decoder.read(batch, documents=documents, is_gated=objective.evictions is not None)
         if objective.evictions is not None:
             lines = _all_lines(log_beta, documents, objective.evictions)
-    hidden, log_beta = decoder.read(batch, make_bias=_bias_maker(documents, objective, lines))
+    hidden, log_beta = decoder.read(batch, documents=documents, make_bias=_bias_maker(documents, objective, lines))
     losses = blocked_token_losses(
         hidden.flatten(0, 1),
         teacher.flatten(0, 1),
