@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -71,3 +72,28 @@ def test_a_budget_below_one_entry_keeps_one() -> None:
     rule = EvictionRule(memory_size=0.2, interval=16, is_global=False, softness=1e-6)
     table = eviction_table(log_beta, eviction_lines(log_beta, rule), rule)
     assert ((table[:, 1, :16] > -1e-5).sum(1) == 1).all()
+
+
+@pytest.mark.parametrize("is_global", [True, False])
+def test_all_scores_together_gain_nothing(is_global: bool) -> None:
+    """Only the order of scores decides who stays, so a factor on all of them has no gradient."""
+    generator = torch.Generator().manual_seed(3)
+    log_beta = (-torch.rand(3, 100, generator=generator) - 0.01).requires_grad_()
+    rule = EvictionRule(memory_size=10, interval=20, num_sink_tokens=2, is_global=is_global)
+    table = eviction_table(log_beta, eviction_lines(log_beta, rule), rule)
+    (table * torch.rand(table.shape, generator=generator)).sum().backward()
+    assert log_beta.grad is not None
+    assert log_beta.grad.abs().max() > 1.0
+    assert (log_beta.grad * log_beta).sum().abs() < 1e-3
+
+
+def test_an_entry_that_nobody_misses_is_pushed_below_the_line() -> None:
+    log_beta = (-torch.rand(2, 60, generator=torch.Generator().manual_seed(4)) - 0.01).requires_grad_()
+    rule = EvictionRule(memory_size=10, interval=20)
+    table = eviction_table(log_beta, eviction_lines(log_beta, rule), rule)
+    # Only the first stream's entries are worth keeping.
+    (-table[0].sum()).backward()
+    assert log_beta.grad is not None
+    assert (log_beta.grad[1, :40] >= 0.0).all()
+    assert (log_beta.grad[1, :40] > 0.0).any()
+    assert (log_beta.grad * log_beta)[0].sum() > 0.0

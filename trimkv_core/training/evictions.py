@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,14 +44,24 @@ class EvictionRule:
 def eviction_lines(log_beta: Tensor, rule: EvictionRule) -> Tensor:
     """The lines log|score| that entries must stay below to be kept, at every eviction of one document.
 
+    A line has a gradient: M·L·H entries stay whatever the scores, so who comes nearer pushes the others away. It moves
+    with the entries around it, each by its share of σ'((log|score| - line) / softness), as a count of entries that is
+    soft to that width would have it. Without this every entry would ask to be kept, and most of a gradient would be
+    all scores together, which changes nothing.
+
     Args:
-        log_beta: float32 [N, T], without gradient.
+        log_beta: float32 [N, T].
         rule: see `EvictionRule`.
 
     Returns:
         float32 [K, N] (the same for all streams under a global budget), +inf where everything fits; K = ⌈T/interval⌉,
         row 0 before the first eviction.
     """
+    lines: Tensor = _Lines.apply(log_beta, rule)  # type: ignore[no-untyped-call]
+    return lines
+
+
+def _draw_lines(log_beta: Tensor, rule: EvictionRule) -> Tensor:
     streams, tokens = log_beta.shape
     depth = _log_magnitude(log_beta)
     lines = log_beta.new_full((-(-tokens // rule.interval), streams), math.inf)
@@ -69,6 +80,34 @@ def eviction_lines(log_beta: Tensor, rule: EvictionRule) -> Tensor:
     return lines
 
 
+class _Lines(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, log_beta: Tensor, rule: EvictionRule) -> Tensor:
+        lines = _draw_lines(log_beta, rule)
+        ctx.save_for_backward(log_beta, lines)
+        ctx.rule = rule
+        return lines
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (log_beta, lines), (grad,) = ctx.saved_tensors, grads
+        rule: EvictionRule = ctx.rule
+        depth = _log_magnitude(log_beta)
+        result = torch.zeros_like(log_beta)
+        for nth in range(1, lines.shape[0]):
+            seen = nth * rule.interval
+            line = lines[nth][:, None]
+            share = torch.sigmoid((_scores(depth[:, :seen], seen, rule) - line) / rule.softness)
+            share = torch.where(torch.isfinite(line), share * (1.0 - share), 0.0)
+            pull = grad[nth][:, None]
+            if rule.is_global:
+                result[:, :seen] += share * (pull.sum() / share.sum().clamp(min=_SMALLEST))
+            else:
+                result[:, :seen] += share * (pull / share.sum(1, keepdim=True).clamp(min=_SMALLEST))
+        # From log|log β| to log β.
+        return result / log_beta.clamp(max=-_SMALLEST), None
+
+
 def eviction_table(log_beta: Tensor, lines: Tensor, rule: EvictionRule) -> Tensor:
     """Biases of every entry after every eviction, for `EvictionBias`: float32 [N, K, T], at most 0.
 
@@ -78,7 +117,7 @@ def eviction_table(log_beta: Tensor, lines: Tensor, rule: EvictionRule) -> Tenso
     tokens, 0.5 GB at 32,768 and 8.6 GB at 131,072, and autograd keeps about four times that. The decay has no table.
 
     Args:
-        log_beta: float32 [N, T], with gradient.
+        log_beta: float32 [N, T].
         lines: of `eviction_lines`; float32 [K, N].
         rule: see `EvictionRule`.
     """

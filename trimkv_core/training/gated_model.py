@@ -252,8 +252,9 @@ class GatedDecoder(nn.Module):
         assert isinstance(gate, RetentionGate)
         log_beta = None
         if step.is_gated:
-            # Whatever the precision of the rest: in fewer bits nearly all scores tie.
-            with torch.autocast(hidden.device.type, enabled=False):
+            # Whatever the precision of the rest: in fewer bits nearly all scores tie. With a gradient even where the
+            # model has none: eviction lines, drawn in the ungated pass, move with the scores.
+            with torch.autocast(hidden.device.type, enabled=False), torch.enable_grad():
                 log_beta = gate(hidden.to(gate.linear1.weight.dtype))
         return args, {**kwargs, "trimkv_cache": step, "log_beta": log_beta}
 

@@ -76,8 +76,8 @@ def step_loss(decoder: GatedDecoder, batch: PackedBatch, objective: Objective) -
     with torch.no_grad():
         # The lines must be known before the first layer is gated: the ungated pass draws them.
         teacher, log_beta = decoder.read(batch, documents=documents, is_gated=objective.evictions is not None)
-        if objective.evictions is not None:
-            lines = _all_lines(log_beta, documents, objective.evictions)
+    if objective.evictions is not None:
+        lines = _all_lines(log_beta, documents, objective.evictions)
     hidden, log_beta = decoder.read(batch, documents=documents, make_bias=_bias_maker(documents, objective, lines))
     losses = blocked_token_losses(
         hidden.flatten(0, 1),
