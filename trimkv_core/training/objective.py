@@ -42,7 +42,7 @@ class Objective:
     num_sink_tokens: int = 0
     shape: DecayShape = field(default_factory=DecayShape)
     evictions: EvictionRule | None = None
-    logit_block: int = 256
+    logit_block: int = 512
 
 
 @dataclass(frozen=True, slots=True)

@@ -204,6 +204,11 @@ class _Run:
                 f"step {step}: {error}. {self._last_good()} Start from it in a new folder (--gates) or anew, with a "
                 "lower --learning-rate or --mixed-precision no"
             ) from error
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(
+                f"step {step}: out of memory on {self._accelerator.device}. {self._last_good()} Use "
+                "--gradient-checkpointing, a smaller --logit-block or --batch-size, or a shorter --seq-len"
+            ) from error
         self._step, self._tokens = step, self._tokens + figures.tokens
         return CurvePoint(
             step=step,
