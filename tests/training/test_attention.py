@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from trimkv_core.overlay import LayerAttention
 from trimkv_core.training import flex
-from trimkv_core.training.attention import Bias, Decay, EvictionBias, blocked_attention, eager_attention
-from trimkv_core.training.evictions import EvictionRule, eviction_lines, eviction_table
+from trimkv_core.training.attention import Bias, Decay, blocked_attention, eager_attention
+from trimkv_core.training.evictions import EvictionRule, eviction_bias, eviction_lines, eviction_reach
 from trimkv_core.training.flex import FlexLayout, flex_documents
 from trimkv_core.training.gated_model import Document, attend_documents
 from trimkv_core.training.shapes import DecayShape
@@ -34,7 +34,7 @@ def sharp_decay(log_beta: Tensor) -> Bias:
 
 
 def evictions(log_beta: Tensor) -> Bias:
-    return EvictionBias(eviction_table(log_beta, eviction_lines(log_beta.detach(), RULE), RULE), RULE.interval)
+    return eviction_bias(log_beta, eviction_reach(eviction_lines(log_beta, RULE), log_beta.shape[1], RULE), RULE)
 
 
 BIASES = [decay, sharp_decay, evictions]
@@ -175,13 +175,13 @@ def test_new_documents_and_a_new_decay_compile_nothing_anew(kind: str, monkeypat
         assert counter.frame_count == 1
 
 
-def test_a_table_is_not_kept_where_checkpointing_drops_what_is_saved() -> None:
+def test_a_bias_is_not_kept_where_checkpointing_drops_what_is_saved() -> None:
     query, key, value, log_beta = random_layer(100)
     held: list[weakref.ref[Tensor]] = []
 
     def attend(log_beta: Tensor) -> Tensor:
         bias = evictions(log_beta)
-        held.append(weakref.ref(bias.source))
+        held.append(weakref.ref(bias.sources[0]))
         return blocked_attention(query, key, value, bias=bias, scale=0.4)
 
     output = checkpoint(attend, log_beta.requires_grad_(), use_reentrant=False)

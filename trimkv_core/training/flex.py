@@ -175,12 +175,24 @@ def _faded(decays: list[Decay], layout: FlexLayout) -> ScoreMod:
 def _evicted(biases: list[EvictionBias], layout: FlexLayout) -> ScoreMod:
     start, interval = layout.start, biases[0].interval
     evictions = -(-start.shape[1] // interval)  # those of a document as long as the row
-    table = _laid_out(
-        [torch.nn.functional.pad(bias.table, (0, 0, 0, evictions - bias.table.shape[1])) for bias in biases], layout
+    depth = _laid_out([bias.depth for bias in biases], layout)
+    reach = _laid_out(
+        [torch.nn.functional.pad(bias.reach, (0, 0, 0, evictions - bias.reach.shape[1])) for bias in biases], layout
     )
+    line_of = (
+        torch.arange(depth.shape[1], device=depth.device)
+        if reach.shape[1] > 1
+        else depth.new_zeros(depth.shape[1], dtype=torch.int64)
+    )
+    width = depth.new_full(depth.shape[1:2], biases[0].softness)
+    height = depth.new_full(depth.shape[1:2], biases[0].sharpness * biases[0].softness)
 
     def evicted(logit: Tensor, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return logit + table[row, head, (query - start[row, query]) // interval, key]
+        eviction = (query - start[row, query]) // interval
+        beyond = (depth[row, head, key] + reach[row, line_of[head], eviction, key]) / width[head]
+        # softplus, written out: no overflow on either side.
+        soft = torch.clamp(beyond, min=0.0) + torch.log1p(torch.exp(-torch.abs(beyond)))
+        return logit - height[head] * soft
 
     return evicted
 
