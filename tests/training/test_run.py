@@ -14,10 +14,10 @@ from accelerate.state import AcceleratorState
 from tests.training.tiny_text import chat, make_text, save_model, tiny_settings, write_lines
 from trimkv_core import TrimKVForCausalLM
 from trimkv_core.checkpoint import CheckpointError, read_config, read_weights
+from trimkv_core.options import SettingsError
 from trimkv_core.training import stepping
 from trimkv_core.training.curve import CurvePoint, read_curve
 from trimkv_core.training.documents import DataError
-from trimkv_core.training.options import SettingsError
 from trimkv_core.training.run import Outcome, TrainingError, train
 from trimkv_core.training.saving import OutputFolder
 

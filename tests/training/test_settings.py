@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from trimkv_core.options import SettingsError, option_of
 from trimkv_core.training.loading import build_parser, load_settings
-from trimkv_core.training.options import SettingsError, option_of
 from trimkv_core.training.schedule import capacity_target_at, kappa_at, learning_rate_at, objective_at
 from trimkv_core.training.settings import TrainSettings
 

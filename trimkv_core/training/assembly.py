@@ -15,11 +15,11 @@ from transformers import AutoTokenizer
 from trimkv_core.checkpoint import GateConfig, load_gates, read_config, read_weights
 from trimkv_core.gates import GateKind, GateShape
 from trimkv_core.models import TrimKVForCausalLM, find_gates, locate_base, names_gates
+from trimkv_core.options import SettingsError
 from trimkv_core.overlay import gates_of
 from trimkv_core.training.data import SourceRecord, open_data
 from trimkv_core.training.encoding import DocumentEncoder, DocumentStore
 from trimkv_core.training.gated_model import GatedDecoder, prepare_gates
-from trimkv_core.training.options import SettingsError
 from trimkv_core.training.packing import BatchPlan, BatchStream
 from trimkv_core.training.settings import TrainSettings
 

@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
+from trimkv_core.options import SettingsError
 from trimkv_core.training.assembly import (
     TrainingData,
     gate_config,
@@ -27,7 +28,6 @@ from trimkv_core.training.assembly import (
 from trimkv_core.training.batch import PackedBatch
 from trimkv_core.training.curve import CurvePoint, LossCurve
 from trimkv_core.training.documents import DataError
-from trimkv_core.training.options import SettingsError
 from trimkv_core.training.packing import StreamState
 from trimkv_core.training.progress import Progress
 from trimkv_core.training.saving import OutputFolder, SavedState

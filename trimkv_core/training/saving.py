@@ -30,9 +30,9 @@ from torch import Tensor
 
 from trimkv_core.checkpoint import CONFIG_NAME, WEIGHT_NAMES, GateConfig, save_gates
 from trimkv_core.gates import GateShape, RetentionGate, build_gates
+from trimkv_core.options import SettingsError
 from trimkv_core.training.data import SourceRecord
 from trimkv_core.training.loading import PROGRAM, SETTINGS_NAME, read_saved_settings
-from trimkv_core.training.options import SettingsError
 from trimkv_core.training.packing import Piece, StreamState
 from trimkv_core.training.settings import TrainSettings
 

@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from trimkv_core.training.options import Option, contradiction, option_of
+from trimkv_core.options import Option, contradiction, option_of
 
 _RUN, _DATA, _GATES, _OBJECTIVE, _OPTIMISER, _COMPUTE, _OUTPUT = (
     "what is trained",
