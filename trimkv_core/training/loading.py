@@ -26,7 +26,7 @@ def build_parser() -> OneLineParser:
         usage=f"{PROGRAM} --model NAME --data FILE ... --output FOLDER --memory-size M --seq-len N --steps N [--flag "
         "value ...]",
         description="Train retention gates for a language model that stays as it is. The output folder is a\n"
-        "checkpoint for trimkv-serve --gates. Defaults are the recipe of DBTrimKV (arXiv 2605.09649); on several GPUs:\n"
+        "checkpoint for trimkv-serve --gates. Defaults are the recipe of DBTrimKV (arXiv 2605.09649); several GPUs:\n"
         "accelerate launch -m trimkv_core.training.cli, with the same flags.",
         epilog="A flag goes before the file of --config, the file before the defaults. Example, with the embedded "
         "model:\n"
