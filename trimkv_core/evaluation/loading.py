@@ -17,10 +17,10 @@ from transformers import AutoTokenizer
 from trimkv_core.checkpoint import WEIGHT_NAMES, CheckpointError, read_config
 from trimkv_core.embedded import EMBEDDED_NAME
 from trimkv_core.evaluation.feeding import Decoder
-from trimkv_core.evaluation.packed_model import PackedModel
 from trimkv_core.lean.decoder import make_lean_decoder
 from trimkv_core.models import TrimKVForCausalLM, UnsupportedModelError, find_gates, locate_base, names_gates
 from trimkv_core.overlay import fix_rope, gates_of
+from trimkv_core.overlay_decoder import OverlayDecoder
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ def load_model(
     if note is not None:
         logger.info("%s", note)
     sinks = model.gate_config.num_sink_tokens if model.gate_config is not None else 0
-    decoder: Decoder = make_lean_decoder(model) or PackedModel(model)
+    decoder: Decoder = make_lean_decoder(model) or OverlayDecoder(model)
     logger.info("model=%s gates=%s decoder=%s dtype=%s device=%s", name, gates, decoder.name, dtype, device)
     return LoadedModel(
         name=name,
