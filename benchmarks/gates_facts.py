@@ -14,7 +14,7 @@ from gates_words import Draw, split
 
 RESERVED = split(
     "the pass key is|special magic number|the grass is green|the sky is blue|access token|locker|registry record|beacon"
-    "|vault combination",
+    "|the vault in|facts are hidden in it|i will remember that|i have noted it|thank you, i have read it",
     "|",
 )
 

@@ -19,7 +19,7 @@ SYSTEMS = split(
     "|",
 )
 OPENINGS = split(
-    "Read this text; some facts are hidden in it.|Here are my notes. I will ask about them.|Please study this."
+    "What follows has facts in it that matter.|Here are my notes. I will ask about them.|Please study this."
     "|Keep the facts in this text in mind.|Notes from several people, mixed up:|This is long. Read all of it.|",
     "|",
 )
@@ -28,7 +28,7 @@ REMEMBER = _parts(
     "Remember this:|Please keep in mind:|A note for later:|For your information:||Memorise the following."
     "|I will need this later.|Write this down:"
 )
-NOTED = split("Noted.|OK, I will remember that.|Understood.|Got it.|I have written that down.|All right.", "|")
+NOTED = split("Written down.|OK, that is saved.|Okay.|Got it.|I have written that down.|Sure, saved.", "|")
 AGAIN = _parts("|||Earlier I told you something.|Back to my notes.|Do you still know?|One more question.|By the way:")
 CORRECTIONS = _parts("Correction:|That has changed.|Update:|Forget what I said before about this:|I was wrong.")
 LOOK_UPS = split(

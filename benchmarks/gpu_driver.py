@@ -16,7 +16,6 @@ import torch
 from gpu_timing import Clock
 from torch import Tensor
 
-from service.engine.overlay_decoder import OverlayDecoder
 from service.engine.runner import AheadFactory, Feed, ModelRunner, PackedDecoder
 from trimkv_core.attention.select import select_backend
 from trimkv_core.budget import Budget, Geometry, lane_pages
@@ -24,6 +23,7 @@ from trimkv_core.byte_ledger import geometry_of
 from trimkv_core.decode_program import DecodePrograms, PendingTokens
 from trimkv_core.device_sequences import DeviceSequenceTable
 from trimkv_core.lean.decoder import LeanDecoder, make_lean_decoder
+from trimkv_core.overlay_decoder import OverlayDecoder
 from trimkv_core.pages import PagePool
 from trimkv_core.sequences import SequenceTable
 

@@ -7,7 +7,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from service.settings import PROGRAM, Settings, SettingsError, load_settings
+from service.settings import PROGRAM, Settings, load_settings
+from trimkv_core.options import SettingsError
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from transformers import AutoConfig
 
 from service.logs import format_bytes
 from service.settings import Settings, parse_size
-from service.settings_sources import PROGRAM, OneLineParser
+from service.settings_sources import PROGRAM
 from trimkv_core.budget import MAX_BLOCK_SIZE, MAX_BUFFER_SIZE, Budget, BudgetError, Geometry, lane_pages
 from trimkv_core.byte_ledger import (
     CARDS,
@@ -34,6 +34,7 @@ from trimkv_core.checkpoint import CONFIG_NAME, GateConfig, read_config
 from trimkv_core.embedded import EMBEDDED_NAME, embedded_config, embedded_gates_path
 from trimkv_core.fp8 import KV_DTYPES, choose_kv_dtype, name_kv_dtype
 from trimkv_core.models import locate_base
+from trimkv_core.options import OneLineParser
 
 SWEEP = (64, 128, 256, 512, 1024, 2048)
 MAX_REASON_CHARACTERS = 300

@@ -27,15 +27,12 @@ from service.engine.config import EngineConfig
 from service.settings_sources import (
     ENV_PREFIX,
     PROGRAM,
-    Option,
-    SettingsError,
-    contradiction,
     find_variable,
     make_parser,
     one_line,
-    read_yaml,
 )
 from trimkv_core.budget import MAX_BLOCK_SIZE, MAX_BUFFER_SIZE
+from trimkv_core.options import Option, SettingsError, contradiction, read_settings_file
 
 # What the command line needs of settings is found here, wherever it is defined.
 __all__ = ["PROGRAM", "Settings", "SettingsError", "build_parser", "load_settings", "parse_size"]
@@ -92,7 +89,7 @@ class Settings(BaseSettings):
     config: Annotated[
         Path | None,
         Field(description="YAML file with settings by their names, such as 'kv-memory: 8GiB'"),
-        Option(_OPERATION, "FILE", "a readable YAML file"),
+        Option(_OPERATION, "FILE", "a readable YAML or JSON file"),
     ] = None
 
     host: Annotated[
@@ -272,7 +269,7 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         flags = init_settings.init_kwargs if isinstance(init_settings, InitSettingsSource) else {}
         path = flags.get("config") or os.environ.get(find_variable("config") or "")
-        file_settings = InitSettingsSource(settings_cls, read_yaml(path) if path else {})
+        file_settings = InitSettingsSource(settings_cls, read_settings_file(path, example="port: 8000") if path else {})
         return init_settings, env_settings, file_settings
 
     @field_validator("*", mode="before")

@@ -26,8 +26,8 @@ from service.engine.memory_sizing import (
     size_pool,
     try_largest_step,
 )
-from service.engine.overlay_decoder import OverlayDecoder
 from service.engine.request import RequestState
+from service.engine.row_padding import choose_min_rows
 from service.engine.runner import AheadFactory, ModelRunner, PackedDecoder
 from service.engine.scheduler import Scheduler
 from service.generation.chat_format import ChatFormat
@@ -42,6 +42,7 @@ from trimkv_core.fp8 import choose_kv_dtype, name_kv_dtype
 from trimkv_core.lean.decoder import LeanDecoder, make_lean_decoder
 from trimkv_core.models import TrimKVForCausalLM, find_gates, names_gates
 from trimkv_core.overlay import fix_rope
+from trimkv_core.overlay_decoder import OverlayDecoder
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +133,7 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
     budget = _default_budget(config, model, has_gates=gates is not None)
     vocab_size = model.config.vocab_size
     # The model is not run any more where the lean step has its weights.
-    decoder = make_lean_decoder(model, frees_weights=True) or OverlayDecoder(model)
+    decoder = make_lean_decoder(model, frees_weights=True) or OverlayDecoder(model, min_rows=choose_min_rows(model))
     if config.kv_memory_bytes is None and device.type == "cuda":
         step = LargestStep(
             prefill_chunk=config.prefill_chunk,

@@ -7,11 +7,15 @@ the last bit (8 with MKL on AVX2). This module finds that number by trying, on t
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
 
 CANDIDATES = (1, 2, 4, 8, 16, 32, 64)
 # Row counts that the kernels may treat differently: odd ones, multiples of a vector, and just beside them.
@@ -44,3 +48,14 @@ def _is_stable_from(rows: int, weight: Tensor) -> bool:
     reference = F.linear(inputs, part)
     counts = [rows + offset for offset in _OFFSETS if rows + offset < _REFERENCE_ROWS]
     return all(torch.equal(F.linear(inputs[:count], part), reference[:count]) for count in counts)
+
+
+def choose_min_rows(model: Any) -> int:
+    """Rows a forward is padded to: in float32 on a CPU, where answers are promised to be the same alone and in
+    company."""
+    if model.dtype != torch.float32 or model.device.type != "cpu":
+        return 1
+    rows = find_stable_rows(module.weight for module in model.modules() if isinstance(module, nn.Linear))
+    if rows is None:
+        logger.warning("this CPU's matrix products depend on the batch: answers may differ in company by a rounding")
+    return rows or CANDIDATES[0]

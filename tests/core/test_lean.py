@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from service.engine.overlay_decoder import OverlayDecoder
 from tests.core.tiny import FAMILIES
 from tests.core.tiny import load as load_tiny
 from trimkv_core.attention.base import AttentionBackend, PagedStep
@@ -20,6 +19,7 @@ from trimkv_core.lean.decoder import LeanDecoder, make_lean_decoder
 from trimkv_core.lean.families import read_decoder
 from trimkv_core.lean.numba_ops import NumbaOps
 from trimkv_core.lean.torch_ops import TorchOps
+from trimkv_core.overlay_decoder import OverlayDecoder
 from trimkv_core.pages import PagePool
 from trimkv_core.sequences import SequenceTable
 

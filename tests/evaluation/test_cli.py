@@ -190,6 +190,16 @@ def test_gates_are_asked_for_where_there_are_none(
     assert "gates-local needs gates: name a checkpoint with --gates" in caplog.text
 
 
+@pytest.mark.parametrize("config", [None, '{"model_type": "abacus"}'])
+def test_a_model_that_is_none_is_named(tmp_path: Path, config: str | None, caplog: pytest.LogCaptureFixture) -> None:
+    model = tmp_path / "model"
+    if config is not None:
+        model.mkdir()
+        (model / "config.json").write_text(config)
+    assert main(["--model", str(model), "--tasks", "recall", "--output", str(tmp_path / "out")]) == 1
+    assert f"model {str(model)!r} cannot be loaded: use embedded, a hub repo id" in caplog.text
+
+
 def test_a_folder_of_gates_brings_its_model(folder: Path, tmp_path: Path) -> None:
     arguments = ["--model", str(folder / "gates"), "--methods", "gates-global", "--budgets", "16", *SMALL]
     assert main([*arguments, "--tasks", "recall", "--output", str(tmp_path)]) == 0

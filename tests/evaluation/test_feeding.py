@@ -14,9 +14,9 @@ from trimkv_core.evaluation.feeding import Reader, Regime
 from trimkv_core.evaluation.gated import PagedMemory
 from trimkv_core.evaluation.loading import LoadedModel
 from trimkv_core.evaluation.methods import BASELINES, Case, Gates, make_memory, make_reader
-from trimkv_core.evaluation.packed_model import PackedModel
 from trimkv_core.evaluation.tasks import Probe, ProbeError, Span
 from trimkv_core.models import TrimKVForCausalLM
+from trimkv_core.overlay_decoder import OverlayDecoder
 
 REGIME = Regime(chunk=16, buffer=4, sinks=2)
 DENSE = Case("dense", None)
@@ -165,7 +165,7 @@ def test_families_without_a_lean_step_run_through_the_overlay(tmp_path: Path, fa
     for method in ("gates-global", "h2o"):
         lean = make_reader(Case(method, 8), model, REGIME).answer(asked)
         memory = make_memory(Case(method, 8), model, REGIME, 0)
-        reader = Reader(PackedModel(stock), memory, chunk=REGIME.chunk, device=model.device)
+        reader = Reader(OverlayDecoder(stock), memory, chunk=REGIME.chunk, device=model.device)
         for left, right in zip(reader.answer(asked), lean, strict=True):
             torch.testing.assert_close(torch.tensor(left.nll), torch.tensor(right.nll), atol=1e-3, rtol=1e-3)
 

@@ -10,7 +10,8 @@ import pytest
 
 from service import cli
 from service.engine.config import EngineConfig
-from service.settings import Settings, SettingsError, build_parser, load_settings, parse_size
+from service.settings import Settings, build_parser, load_settings, parse_size
+from trimkv_core.options import SettingsError
 
 
 @pytest.fixture(autouse=True)

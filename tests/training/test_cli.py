@@ -75,12 +75,13 @@ def test_help_and_bad_flags_do_not_wait_for_torch() -> None:
         (["--gates", "nowhere"], 2, "say nothing"),
         (["--model", "/nowhere/at/all"], 1, "/nowhere/at/all"),
         (["--mixed-precision", "fp16"], 2, "not possible without a GPU"),
+        (["--attention", "flex"], 2, "--attention=flex is not possible on cpu: PyTorch has no backward pass"),
     ],
 )
 def test_what_is_wrong_is_one_line_and_a_status(
     more: list[str], status: int, expected: str, inputs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if expected.endswith("GPU"):
+    if more[0] in {"--mixed-precision", "--attention"}:
         import torch
 
         if torch.cuda.is_available():

@@ -7,14 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.fixtures import UPSTREAM
-from trimkv_core.training.losses import (
-    IGNORED,
-    LossKind,
-    blocked_token_losses,
-    forward_kl,
-    next_token_loss,
-    reverse_kl,
-)
+from trimkv_core.training.batch import IGNORED
+from trimkv_core.training.losses import LossKind, blocked_token_losses, forward_kl, next_token_loss, reverse_kl
 
 
 def test_losses_are_upstreams() -> None:

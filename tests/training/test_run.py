@@ -14,10 +14,10 @@ from accelerate.state import AcceleratorState
 from tests.training.tiny_text import chat, make_text, save_model, tiny_settings, write_lines
 from trimkv_core import TrimKVForCausalLM
 from trimkv_core.checkpoint import CheckpointError, read_config, read_weights
+from trimkv_core.options import SettingsError
 from trimkv_core.training import stepping
 from trimkv_core.training.curve import CurvePoint, read_curve
 from trimkv_core.training.documents import DataError
-from trimkv_core.training.options import SettingsError
 from trimkv_core.training.run import Outcome, TrainingError, train
 from trimkv_core.training.saving import OutputFolder
 
@@ -119,6 +119,18 @@ class TestCheckpoint:
     def test_nothing_is_left_over_beside_it(self, folder: Path) -> None:
         assert [path.name for path in folder.parent.iterdir()] == ["gates"]
         assert [path.name for path in (folder / "state").iterdir()] == ["step-00000004.pt"]
+
+    def test_its_base_is_found_from_a_folder_that_was_given_as_here(
+        self, model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "real" / "deeper").mkdir(parents=True)
+        (tmp_path / "link").symlink_to(tmp_path / "real" / "deeper")
+        for output, folder in ((Path(), tmp_path / "here"), (tmp_path / "link", tmp_path / "real" / "deeper")):
+            folder.mkdir(exist_ok=True)
+            monkeypatch.chdir(folder)
+            train(tiny_settings(model, data, output, steps=1))
+            assert Path(read_config(folder).base_model) == model.resolve()
+            assert not [path.name for path in folder.iterdir() if path.is_dir() and path.name != "state"]
 
     def test_other_gates_can_start_from_it(self, folder: Path, model: Path, data: Path, tmp_path: Path) -> None:
         settings = tiny_settings(model, data, tmp_path / "more", gates=str(folder), steps=1, learning_rate=1e-30)

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from trimkv_core.options import SettingsError, option_of
 from trimkv_core.training.loading import build_parser, load_settings
-from trimkv_core.training.options import SettingsError, option_of
 from trimkv_core.training.schedule import capacity_target_at, kappa_at, learning_rate_at, objective_at
 from trimkv_core.training.settings import TrainSettings
 
@@ -158,3 +158,18 @@ class TestSchedule:
         rule = objective_at(settings, 1, is_global=True).evictions
         assert rule is not None
         assert (rule.memory_size, rule.interval, rule.num_sink_tokens, rule.is_global) == (16.0, 32, 4, True)
+
+    def test_acted_out_budgets_spread_around_the_target_and_sharpen_in_a_line(self) -> None:
+        settings = self.settings(
+            act_evictions=True, eviction_spread=2.0, eviction_sharpness=4.0, eviction_sharpness_end=8.0
+        )
+        rules = [objective_at(settings, step, is_global=True).evictions for step in range(1, settings.steps + 1)]
+        assert all(rule is not None and 32.0 <= rule.memory_size <= 128.0 for rule in rules)
+        assert len({rule.memory_size for rule in rules if rule is not None}) == len(rules)
+        sharpness = [rule.sharpness for rule in rules if rule is not None]
+        assert (sharpness[0], sharpness[-1]) == (4.0, 8.0)
+        assert sharpness == sorted(sharpness)
+
+    def test_a_spread_that_leaves_pins_no_room_is_refused(self) -> None:
+        flags = ("--act-evictions", "--eviction-spread", "32", "--num-sink-tokens", "4")
+        assert "--eviction-spread=32.0 is not possible" in complaint(*flags)

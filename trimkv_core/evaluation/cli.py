@@ -32,9 +32,10 @@ from trimkv_core.evaluation.recall import RecallTask, make_questions
 from trimkv_core.evaluation.report import write_report
 from trimkv_core.evaluation.rows import FILE_NAME, ResultFile, ResultsError
 from trimkv_core.evaluation.running import Task, order_cases, run_all, stale_rows
-from trimkv_core.evaluation.settings import PROGRAM, Settings, SettingsError, read_settings
+from trimkv_core.evaluation.settings import PROGRAM, Settings, read_settings
 from trimkv_core.evaluation.tasks import ProbeError
 from trimkv_core.models import UnsupportedModelError
+from trimkv_core.options import SettingsError
 
 logger = logging.getLogger(__name__)
 

@@ -36,7 +36,8 @@ def write_dialogue(tokenizer: Any, turns: Sequence[Turn]) -> Probe:
     Raises:
         ProbeError: the chat template rewrites turns once others follow, so that answers have no place of their own.
     """
-    ids: list[int] = []
+    # A chat template writes its own beginning.
+    ids: list[int] = [] if getattr(tokenizer, "chat_template", None) else list(tokenizer("")["input_ids"])
     spans = []
     written = ""
     messages: list[dict[str, str]] = []

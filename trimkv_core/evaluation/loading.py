@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from trimkv_core.checkpoint import WEIGHT_NAMES, read_config
+from trimkv_core.checkpoint import WEIGHT_NAMES, CheckpointError, read_config
 from trimkv_core.embedded import EMBEDDED_NAME
 from trimkv_core.evaluation.feeding import Decoder
-from trimkv_core.evaluation.packed_model import PackedModel
 from trimkv_core.lean.decoder import make_lean_decoder
-from trimkv_core.models import TrimKVForCausalLM, find_gates, locate_base, names_gates
+from trimkv_core.models import TrimKVForCausalLM, UnsupportedModelError, find_gates, locate_base, names_gates
 from trimkv_core.overlay import fix_rope, gates_of
+from trimkv_core.overlay_decoder import OverlayDecoder
 
 logger = logging.getLogger(__name__)
 
@@ -77,15 +77,26 @@ def load_model(
         dtype: of the weights; None: float32 on a CPU, bfloat16 elsewhere.
         num_sink_tokens: pinned for the gates; None: what their checkpoint says.
         max_tokens: the longest sequence, for a RoPE that depends on it.
+
+    Raises:
+        CheckpointError: of the gates.
+        UnsupportedModelError: there is no such model, or it is none that can be judged.
     """
     base, gates = _names(name, gates)
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-    model = TrimKVForCausalLM.from_base(base, gates=gates, dtype=dtype, device_map=str(device))
+    try:
+        model = TrimKVForCausalLM.from_base(base, gates=gates, dtype=dtype, device_map=str(device))
+    except (CheckpointError, UnsupportedModelError):
+        raise
+    except (OSError, ValueError) as error:  # what `transformers` says of names and files it cannot make a model of
+        raise UnsupportedModelError(
+            f"model {base!r} cannot be loaded: use {EMBEDDED_NAME}, a hub repo id, a folder or a GGUF file. {error}"
+        ) from error
     note = fix_rope(model, max_tokens)
     if note is not None:
         logger.info("%s", note)
     sinks = model.gate_config.num_sink_tokens if model.gate_config is not None else 0
-    decoder: Decoder = make_lean_decoder(model) or PackedModel(model)
+    decoder: Decoder = make_lean_decoder(model) or OverlayDecoder(model)
     logger.info("model=%s gates=%s decoder=%s dtype=%s device=%s", name, gates, decoder.name, dtype, device)
     return LoadedModel(
         name=name,

@@ -57,10 +57,16 @@ def read_texts(paths: Sequence[Path]) -> dict[str, str]:
 def cut_excerpts(texts: dict[str, str], tokenizer: Any, *, tokens: int, excerpts: int) -> tuple[Excerpt, ...]:
     """Up to `excerpts` excerpts of `tokens` tokens a text, spread evenly over it.
 
+    What the tokenizer begins every text with (a BOS token, for some models) begins every excerpt and counts.
+
     Raises:
         TextError: a text is shorter than one excerpt.
     """
     result = []
+    prefix: list[int] = tokenizer("")["input_ids"]
+    if tokens < len(prefix) + 2:
+        raise TextError(f"an excerpt of {tokens} tokens leaves nothing to predict: raise --text-tokens")
+    tokens -= len(prefix)
     for source, text in texts.items():
         ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         count = min(excerpts, len(ids) // tokens)
@@ -71,7 +77,7 @@ def cut_excerpts(texts: dict[str, str], tokenizer: Any, *, tokens: int, excerpts
             )
         gap = (len(ids) - count * tokens) // count
         starts = [number * (tokens + gap) for number in range(count)]
-        result += [Excerpt(source, tuple(ids[start : start + tokens])) for start in starts]
+        result += [Excerpt(source, (*prefix, *ids[start : start + tokens])) for start in starts]
     return tuple(result)
 
 

@@ -18,8 +18,8 @@ from trimkv_core.evaluation.methods import DENSE, Gates
 from trimkv_core.evaluation.rows import Row
 
 # Told apart without colour too: ten markers, and other lines for the next ten.
+_GATES_COLOUR = "#0072b2"
 _COLOURS = (
-    "#0072b2",
     "#d55e00",
     "#009e73",
     "#cc79a7",
@@ -29,11 +29,12 @@ _COLOURS = (
     "#8a6d3b",
     "#7b3294",
     "#1b7837",
+    "#a6761d",
 )
-_MARKERS = "osD^vP*X<>"
+_MARKERS = "sD^vP*X<>d"
 _LINES = ("-", "--", ":")
 # Octaves over which the methods of one budget are spread, side by side, or error bars would cover each other.
-_SPREAD = 0.45
+_SPREAD = 0.3
 _PANELS = (
     ("text", "× dense", "perplexity, times dense", True),
     ("recall", "both", "recall", False),
@@ -93,10 +94,7 @@ def _draw(axes: Any, rows: Sequence[Row], name: str, methods: Sequence[str]) -> 
             values,
             yerr=[below, above],
             label=method,
-            color=_COLOURS[number % len(_COLOURS)],
-            marker=_MARKERS[number % len(_MARKERS)],
-            linestyle=_LINES[number // len(_MARKERS) % len(_LINES)],
-            linewidth=2.4 if method in tuple(Gates) else 1.2,
+            **_style(method, number),
             markersize=5,
             capsize=2,
         )
@@ -104,4 +102,25 @@ def _draw(axes: Any, rows: Sequence[Row], name: str, methods: Sequence[str]) -> 
     if level is not None:
         axes.axhline(level.value, color="black", linestyle="--", linewidth=1, label=DENSE)
     axes.set_xscale("log", base=2)
+    axes.set_xlim(budgets[0] / 1.4, budgets[-1] * 1.4)
     axes.set_xticks(budgets, [str(size) for size in budgets])
+
+
+def _style(method: str, number: int) -> dict[str, Any]:
+    """How a method is drawn; the gates thick and in one colour, filled for the global budget, open for local ones."""
+    if method in tuple(Gates):
+        is_global = method == Gates.GLOBAL
+        face = _GATES_COLOUR if is_global else "white"
+        return {
+            "color": _GATES_COLOUR,
+            "marker": "o",
+            "markerfacecolor": face,
+            "linestyle": "-" if is_global else "--",
+            "linewidth": 2.4,
+        }
+    return {
+        "color": _COLOURS[number % len(_COLOURS)],
+        "marker": _MARKERS[number % len(_MARKERS)],
+        "linestyle": _LINES[number // len(_MARKERS) % len(_LINES)],
+        "linewidth": 1.2,
+    }

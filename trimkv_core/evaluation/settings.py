@@ -9,14 +9,11 @@ from pathlib import Path
 
 from trimkv_core.evaluation.feeding import LANES, Regime
 from trimkv_core.evaluation.methods import DEFAULT_METHODS, DENSE, check_names
+from trimkv_core.options import SettingsError
 
 PROGRAM = "trimkv-eval"
 TASKS = ("text", "recall", "conversation", "agreement")
 _DTYPES = ("float32", "bfloat16", "float16")
-
-
-class SettingsError(ValueError):
-    """Flags that contradict each other; the message says what to change."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

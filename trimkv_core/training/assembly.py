@@ -15,11 +15,11 @@ from transformers import AutoTokenizer
 from trimkv_core.checkpoint import GateConfig, load_gates, read_config, read_weights
 from trimkv_core.gates import GateKind, GateShape
 from trimkv_core.models import TrimKVForCausalLM, find_gates, locate_base, names_gates
+from trimkv_core.options import SettingsError
 from trimkv_core.overlay import gates_of
 from trimkv_core.training.data import SourceRecord, open_data
 from trimkv_core.training.encoding import DocumentEncoder, DocumentStore
 from trimkv_core.training.gated_model import GatedDecoder, prepare_gates
-from trimkv_core.training.options import SettingsError
 from trimkv_core.training.packing import BatchPlan, BatchStream
 from trimkv_core.training.settings import TrainSettings
 
@@ -119,12 +119,21 @@ def load_decoder(settings: TrainSettings, config: GateConfig, data: TrainingData
     Raises:
         CheckpointError: the gates to start from do not fit.
         UnsupportedModelError: a model family that is not known.
+        SettingsError: an attention that cannot be trained on this device.
     """
+    if settings.attention == "flex" and device.type != "cuda":
+        raise SettingsError(
+            f"--attention=flex is not possible on {device.type}: PyTorch has no backward pass of FlexAttention there; "
+            "use auto, blocked or eager"
+        )
     asked = settings.dtype
     dtype: Any = "auto" if asked == "auto" else getattr(torch, asked)
     if asked == "auto" and device.type == "cpu":
         dtype = torch.float32
     model = TrimKVForCausalLM.from_base(settings.model, dtype=dtype).to(device)
+    longest, known = max(settings.seq_len, settings.long_seq_len or 0), model.config.max_position_embeddings
+    if longest > known:
+        logger.warning("rows of %d tokens are longer than the %d that %s knows", longest, known, settings.model)
     torch.manual_seed(settings.seed)  # the same fresh gates in every process
     calibration = data.stream.first_row().to(device) if settings.scale_inputs else None
     prepare_gates(model, config, scales_inputs=settings.scale_inputs, calibration=calibration)

@@ -9,10 +9,12 @@ Letters: H KV heads, G query heads a KV head, D head dimension, T tokens of one 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from trimkv_core.training.shapes import DecayShape
@@ -33,59 +35,102 @@ class Decay:
     shape: DecayShape
 
     @property
-    def source(self) -> Tensor:
+    def sources(self) -> tuple[Tensor, ...]:
         """What the gradient goes to."""
-        return self.log_beta
+        return (self.log_beta,)
 
-    def bias(self, source: Tensor, first: int, last: int) -> Tensor:
-        """Biases of queries first ≤ i < last on entries j < last: [H, i, j]; 0 where j > i."""
-        return self.shape.bias(self._score(source, first, last))
+    def without_sources(self) -> Decay:
+        """The same, holding no tensor: who keeps it keeps no memory alive."""
+        return replace(self, log_beta=self.log_beta.new_empty(0))
 
-    def pull(self, source: Tensor, grad: Tensor, first: int, last: int) -> Tensor:
-        """The gradient of `source` [H, j < last] from that of its biases [H, i, j]."""
-        ages = self._ages(source, first, last)
+    def bias(self, sources: Sequence[Tensor], first: int, last: int) -> Tensor:
+        """Biases of queries first ≤ i < last on entries j < last: [H, i or 1, j]; 0 where j > i."""
+        (log_beta,) = sources
+        return self.shape.bias(log_beta[:, None, :last] * self._ages(log_beta, first, last))
+
+    def pull(
+        self, into: Sequence[Tensor | None], sources: Sequence[Tensor], *, grad: Tensor, first: int, last: int
+    ) -> None:
+        """Add the gradients of `sources` from that of a block's biases [H, i, j] to `into`; None: not wanted."""
+        (log_beta,), (total,) = sources, into
+        if total is None:
+            return
+        ages = self._ages(log_beta, first, last)
         if not self.shape.is_plain:
-            grad = grad * self.shape.slope(source[:, None, :last] * ages)
-        return torch.einsum("hij,ij->hj", grad, ages)
+            grad = grad * self.shape.slope(log_beta[:, None, :last] * ages)
+        total[:, :last] += torch.einsum("hij,ij->hj", grad, ages)
 
     @staticmethod
-    def _ages(source: Tensor, first: int, last: int) -> Tensor:
-        at = torch.arange(last, device=source.device, dtype=source.dtype)
+    def _ages(log_beta: Tensor, first: int, last: int) -> Tensor:
+        at = torch.arange(last, device=log_beta.device, dtype=log_beta.dtype)
         return (at[first:, None] - at).clamp(min=0.0)
-
-    def _score(self, source: Tensor, first: int, last: int) -> Tensor:
-        return source[:, None, :last] * self._ages(source, first, last)
 
 
 @dataclass(frozen=True, slots=True)
 class EvictionBias:
-    """A bias that changes at evictions only: `table[h, k, j]` on entry j for the queries after the k-th eviction.
+    """A bias that changes at evictions only: -κ·w·softplus((depth[h, j] + reach[k, j]) / w) after the k-th eviction.
+
+    Its argument is how far entry j lies beyond the line, in the logarithm of its score; see `evictions`.
 
     Attributes:
-        table: float32 [H, K, T]; row 0 before the first eviction.
+        depth: float32 [H, T], log|log β|.
+        reach: float32 [1, K, T], or [H, K, T] where heads have lines of their own; row 0 before the first eviction.
         interval: tokens between evictions.
+        sharpness, softness: κ and w.
     """
 
-    table: Tensor
+    depth: Tensor
+    reach: Tensor
     interval: int
+    sharpness: float
+    softness: float
 
     @property
-    def source(self) -> Tensor:
-        """What the gradient goes to."""
-        return self.table
+    def sources(self) -> tuple[Tensor, ...]:
+        """As `Decay.sources`."""
+        return self.depth, self.reach
 
-    def bias(self, source: Tensor, first: int, last: int) -> Tensor:
+    def without_sources(self) -> EvictionBias:
+        """As `Decay.without_sources`."""
+        empty = self.depth.new_empty(0)
+        return replace(self, depth=empty, reach=empty)
+
+    def bias(self, sources: Sequence[Tensor], first: int, last: int) -> Tensor:
         """As `Decay.bias`."""
-        rows = torch.arange(first, last, device=source.device) // self.interval
-        if first // self.interval == (last - 1) // self.interval:
-            rows = rows[:1]
-        return source[:, rows, :last]
+        lowest, highest = first // self.interval, (last - 1) // self.interval
+        rows = self.at([source[..., :last] for source in sources], lowest, highest + 1)
+        if lowest == highest:
+            return rows
+        return rows[:, torch.arange(first, last, device=rows.device) // self.interval - lowest]
 
-    def pull(self, source: Tensor, grad: Tensor, first: int, last: int) -> Tensor:
-        """The gradient of the rows of `source` that a block reads, [H, K, j < last]."""
-        rows = torch.arange(first, last, device=source.device) // self.interval
-        result = source.new_zeros(source.shape[0], source.shape[1], last)
-        return result.index_add_(1, rows, grad)
+    def at(self, sources: Sequence[Tensor], lowest: int, stop: int) -> Tensor:
+        """The biases after evictions lowest ≤ k < stop: [H, k, T]."""
+        beyond = _beyond(sources, lowest, stop)
+        return F.softplus(beyond.div_(self.softness)).mul_(-self.sharpness * self.softness)
+
+    def pull(
+        self, into: Sequence[Tensor | None], sources: Sequence[Tensor], *, grad: Tensor, first: int, last: int
+    ) -> None:
+        """As `Decay.pull`."""
+        lowest, highest = first // self.interval, (last - 1) // self.interval
+        if lowest == highest:
+            grad = grad.sum(1, keepdim=True)
+        else:
+            rows = torch.arange(first, last, device=grad.device) // self.interval - lowest
+            grad = grad.new_zeros(grad.shape[0], highest + 1 - lowest, last).index_add_(1, rows, grad)
+        beyond = _beyond([source[..., :last] for source in sources], lowest, highest + 1)
+        grad = torch.sigmoid(beyond.div_(self.softness)).mul_(grad).mul_(-self.sharpness)
+        depth, reach = into
+        if depth is not None:
+            depth[:, :last] += grad.sum(1)
+        if reach is not None:
+            reach[:, lowest : highest + 1, :last] += grad.sum(0, keepdim=True) if reach.shape[0] == 1 else grad
+
+
+def _beyond(sources: Sequence[Tensor], lowest: int, stop: int) -> Tensor:
+    """How far beyond the line entries are after evictions lowest ≤ k < stop: a new tensor, [H, k, T]."""
+    depth, reach = sources
+    return depth[:, None] + reach[:, lowest:stop]
 
 
 Bias = Decay | EvictionBias
@@ -109,7 +154,7 @@ def eager_attention(
     heads, tokens, _ = key.shape
     logits = (query.view(heads, -1, tokens, query.shape[-1]) @ key[:, None].transpose(-1, -2)).float() * scale
     if bias is not None:
-        logits = logits + bias.bias(bias.source, 0, tokens)[:, None]
+        logits = logits + bias.bias(bias.sources, 0, tokens)[:, None]
     logits = logits.masked_fill(~_visible(0, tokens, window, query.device), float("-inf"))
     return (logits.softmax(-1).to(value.dtype) @ value[:, None]).view_as(query)
 
@@ -118,8 +163,10 @@ def blocked_attention(
     query: Tensor, key: Tensor, value: Tensor, *, bias: Bias | None, scale: float, window: int | None = None
 ) -> Tensor:
     """As `eager_attention`, a block of queries at a time, with a backward pass that makes each block anew."""
-    source = query.new_empty(0) if bias is None else bias.source
-    result: Tensor = _Blocked.apply(query, key, value, source, bias, scale, window)  # type: ignore[no-untyped-call]
+    sources = () if bias is None else bias.sources
+    # Autograd keeps what it saves only as long as checkpointing lets it; what else is kept must hold no tensor.
+    rule = None if bias is None else bias.without_sources()
+    result: Tensor = _Blocked.apply(query, key, value, rule, scale, window, *sources)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -132,20 +179,20 @@ def _visible(first: int, last: int, window: int | None, device: torch.device) ->
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """What both passes need."""
+    """What both passes need; `bias` holds no sources of its own."""
 
     bias: Bias | None
     scale: float
     window: int | None
 
-    def weights(self, query: Tensor, key: Tensor, source: Tensor, first: int, last: int) -> Tensor:
+    def weights(self, query: Tensor, key: Tensor, sources: Sequence[Tensor], first: int, last: int) -> Tensor:
         """Attention weights of a block: float32 [H, G·i, j < last]."""
         heads = key.shape[0]
         block = query[:, first:last].reshape(heads, -1, query.shape[-1])
         logits = (block @ key[:, :last].transpose(1, 2)).float().mul_(self.scale)
         by_query = logits.view(heads, -1, last - first, last)
         if self.bias is not None:
-            by_query += self.bias.bias(source, first, last)[:, None]
+            by_query += self.bias.bias(sources, first, last)[:, None]
         if self.window is None:
             # Only the block's own square has entries to come.
             by_query[..., first:] += torch.full(
@@ -163,43 +210,46 @@ class _Blocked(torch.autograd.Function):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        source: Tensor,
         bias: Bias | None,
         scale: float,
         window: int | None,
+        *sources: Tensor,
     ) -> Tensor:
         call = _Call(bias, scale, window)
         _, tokens, dim = key.shape
         result = torch.empty_like(query)
         for first in range(0, tokens, _BLOCK):
             last = min(first + _BLOCK, tokens)
-            weights = call.weights(query, key, source, first, last).to(value.dtype)
+            weights = call.weights(query, key, sources, first, last).to(value.dtype)
             result[:, first:last] = (weights @ value[:, :last]).view(-1, last - first, dim)
-        ctx.save_for_backward(query, key, value, source)
+        ctx.save_for_backward(query, key, value, *sources)
         ctx.call = call
         return result
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, source = ctx.saved_tensors
+        query, key, value, *sources = ctx.saved_tensors
         call: _Call = ctx.call
         heads, tokens, dim = key.shape
-        needs_query, needs_key, needs_value, needs_source = ctx.needs_input_grad[:4]
+        needs_query, needs_key, needs_value, _, _, _, *needs_sources = ctx.needs_input_grad
         query_grad = torch.empty_like(query) if needs_query else None
         key_grad = torch.zeros_like(key, dtype=torch.float32) if needs_key else None
         value_grad = torch.zeros_like(value, dtype=torch.float32) if needs_value else None
-        source_grad = torch.zeros_like(source) if needs_source else None
+        source_grads = [
+            torch.zeros_like(source) if is_needed else None
+            for source, is_needed in zip(sources, needs_sources, strict=True)
+        ]
         for first in range(0, tokens, _BLOCK):
             last = min(first + _BLOCK, tokens)
-            weights = call.weights(query, key, source, first, last)
+            weights = call.weights(query, key, sources, first, last)
             grad = grads[0][:, first:last].reshape(heads, -1, dim)
             if value_grad is not None:
                 value_grad[:, :last] += (weights.to(grad.dtype).transpose(1, 2) @ grad).float()
             weight_grad = (grad @ value[:, :last].transpose(1, 2)).float()
             logit_grad = torch._softmax_backward_data(weight_grad, weights, -1, torch.float32)
-            if source_grad is not None and call.bias is not None:
+            if call.bias is not None and any(needs_sources):
                 summed = logit_grad.view(heads, -1, last - first, last).sum(1)
-                source_grad[..., :last] += call.bias.pull(source, summed, first, last)
+                call.bias.pull(source_grads, sources, grad=summed, first=first, last=last)
             logit_grad = logit_grad.mul_(call.scale).to(query.dtype)
             if query_grad is not None:
                 query_grad[:, first:last] = (logit_grad @ key[:, :last]).view(-1, last - first, dim)
@@ -210,8 +260,8 @@ class _Blocked(torch.autograd.Function):
             query_grad,
             None if key_grad is None else key_grad.to(key.dtype),
             None if value_grad is None else value_grad.to(value.dtype),
-            source_grad,
             None,
             None,
             None,
+            *source_grads,
         )

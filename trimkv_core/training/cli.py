@@ -10,8 +10,8 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
+from trimkv_core.options import SettingsError
 from trimkv_core.training.loading import PROGRAM, load_settings
-from trimkv_core.training.options import SettingsError
 from trimkv_core.training.settings import TrainSettings
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from trimkv_core.training.options import SettingsError
+from trimkv_core.options import SettingsError
 
 logger = logging.getLogger(__name__)
 

@@ -22,6 +22,7 @@ from trimkv_core.gates import RetentionGate
 from trimkv_core.overlay import LayerAttention, attention_layers, gates_of
 from trimkv_core.training.attention import Bias, blocked_attention, eager_attention
 from trimkv_core.training.batch import PackedBatch
+from trimkv_core.training.flex import FlexLayout, flex_documents
 
 ATTENTIONS = ("auto", "eager", "blocked", "flex")
 
@@ -53,13 +54,28 @@ BiasMaker = Callable[[int, Tensor], list[Bias]]
 
 
 class _Pass:
-    """One pass over the model; the overlay calls `attend` for every layer."""
+    """One pass over the model; the overlay calls `attend` for every layer.
 
-    def __init__(self, documents: list[Document], attention: str) -> None:
-        self.documents = documents
-        self.attention = attention
+    Attributes:
+        is_gated: whether log β is made.
+        log_beta: of every layer so far, float32 [R, T, H].
+    """
+
+    def __init__(
+        self,
+        batch: PackedBatch,
+        documents: list[Document],
+        *,
+        attention: str,
+        make_bias: BiasMaker | None,
+        is_gated: bool,
+    ) -> None:
+        self.is_gated = is_gated
         self.log_beta: dict[int, Tensor] = {}
-        self.make_bias: BiasMaker | None = None
+        self._documents, self._attention, self._make_bias = documents, attention, make_bias
+        rows, tokens = batch.input_ids.shape
+        device = batch.input_ids.device
+        self._layout = FlexLayout(documents, rows=rows, tokens=tokens, device=device) if attention == "flex" else None
 
     def attend(self, layer: int, call: LayerAttention) -> Tensor:
         """As `StepCache.attend`: [R, T, H·G, D]. In the value's dtype: rotation leaves autocast in float32."""
@@ -74,13 +90,11 @@ class _Pass:
         if call.log_beta is not None:
             # A layer that is computed anew for the backward pass has been seen before.
             self.log_beta.setdefault(layer, call.log_beta)
-            if self.make_bias is not None:
-                biases = self.make_bias(layer, call.log_beta)
-        if self.attention == "flex":
-            from trimkv_core.training.flex import flex_documents
-
-            return flex_documents(call, self.documents, biases)
-        return attend_documents(call, self.documents, biases, is_eager=self.attention == "eager")
+            if self._make_bias is not None:
+                biases = self._make_bias(layer, call.log_beta)
+        if self._layout is not None:
+            return flex_documents(call, self._layout, biases)
+        return attend_documents(call, self._documents, biases, is_eager=self._attention == "eager")
 
 
 def attend_documents(
@@ -138,7 +152,6 @@ class GatedDecoder(nn.Module):
             raise ValueError("this model has no gates to train: give it some first (add_gates)")
         self._attention = attention
         self._pass: _Pass | None = None
-        self._is_gated = False
         model.requires_grad_(False)
         for gate in self.gates:
             gate.requires_grad_(True)
@@ -173,6 +186,7 @@ class GatedDecoder(nn.Module):
         self,
         batch: PackedBatch,
         *,
+        documents: list[Document] | None = None,
         make_bias: BiasMaker | None = None,
         is_gated: bool = True,
     ) -> tuple[Tensor, list[Tensor]]:
@@ -180,15 +194,21 @@ class GatedDecoder(nn.Module):
 
         Args:
             batch: see `PackedBatch`.
+            documents: its documents, where they are known already: finding them waits for a GPU.
             make_bias: None: attention as it is without gates.
             is_gated: whether log β is made at all.
 
         Returns:
             last hidden states [R, T, E]; log β of every layer, float32 [R, T, H].
         """
-        step = _Pass(documents_of(batch), self._resolve(batch.input_ids.device))
-        step.make_bias = make_bias
-        self._pass, self._is_gated = step, is_gated
+        step = _Pass(
+            batch,
+            documents_of(batch) if documents is None else documents,
+            attention=self._resolve(batch.input_ids.device),
+            make_bias=make_bias,
+            is_gated=is_gated,
+        )
+        self._pass = step
         try:
             output = self.model.get_decoder()(
                 input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
@@ -231,9 +251,10 @@ class GatedDecoder(nn.Module):
         gate = module.retention_gate
         assert isinstance(gate, RetentionGate)
         log_beta = None
-        if self._is_gated:
-            # Whatever the precision of the rest: in fewer bits nearly all scores tie.
-            with torch.autocast(hidden.device.type, enabled=False):
+        if step.is_gated:
+            # Whatever the precision of the rest: in fewer bits nearly all scores tie. With a gradient even where the
+            # model has none: eviction lines, drawn in the ungated pass, move with the scores.
+            with torch.autocast(hidden.device.type, enabled=False), torch.enable_grad():
                 log_beta = gate(hidden.to(gate.linear1.weight.dtype))
         return args, {**kwargs, "trimkv_cache": step, "log_beta": log_beta}
 

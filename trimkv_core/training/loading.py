@@ -5,11 +5,13 @@ Owns what `--help` says around the settings, and what a resumed run brings along
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from trimkv_core.training.options import OneLineParser, SettingsError, make_parser, merge, read_config_file
+from trimkv_core.options import OneLineParser, SettingsError, add_flags, read_settings_file
+from trimkv_core.training.merging import merge
 from trimkv_core.training.settings import TrainSettings
 
 PROGRAM = "trimkv-train"
@@ -19,13 +21,12 @@ SETTINGS_NAME = "settings.json"
 
 def build_parser() -> OneLineParser:
     """Flags of all settings, grouped."""
-    return make_parser(
-        TrainSettings,
-        program=PROGRAM,
+    parser = OneLineParser(
+        prog=PROGRAM,
         usage=f"{PROGRAM} --model NAME --data FILE ... --output FOLDER --memory-size M --seq-len N --steps N [--flag "
         "value ...]",
-        about="Train retention gates for a language model that stays as it is. The output folder is a checkpoint for\n"
-        "trimkv-serve --gates. Defaults are the recipe of DBTrimKV (arXiv 2605.09649); on several GPUs:\n"
+        description="Train retention gates for a language model that stays as it is. The output folder is a\n"
+        "checkpoint for trimkv-serve --gates. Defaults are the recipe of DBTrimKV (arXiv 2605.09649); several GPUs:\n"
         "accelerate launch -m trimkv_core.training.cli, with the same flags.",
         epilog="A flag goes before the file of --config, the file before the defaults. Example, with the embedded "
         "model:\n"
@@ -33,7 +34,12 @@ def build_parser() -> OneLineParser:
         "--steps 500\n"
         "Killed or stopped, it goes on with the same loss curve:\n"
         f"  {PROGRAM} --output gates --resume",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_flags(parser, TrainSettings)
+    return parser
 
 
 def load_settings(argv: Sequence[str]) -> TrainSettings:
@@ -44,7 +50,7 @@ def load_settings(argv: Sequence[str]) -> TrainSettings:
         SystemExit: `--help`, or flags that do not exist (status 2).
     """
     flags = vars(build_parser().parse_args(argv))
-    file = read_config_file(str(flags["config"])) if "config" in flags else {}
+    file = read_settings_file(str(flags["config"]), example="seq-len: 1024") if "config" in flags else {}
     given = {**file, **flags}
     base: dict[str, object] = {}
     if str(given.get("resume")).lower() == "true" and "output" in given:

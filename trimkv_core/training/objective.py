@@ -8,18 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from trimkv_core.training.attention import Bias, Decay, EvictionBias
+from trimkv_core.training.attention import Bias, Decay
 from trimkv_core.training.batch import PackedBatch
 from trimkv_core.training.capacity import capacity_overrun, join_overruns
-from trimkv_core.training.evictions import EvictionRule, eviction_lines, eviction_table
-from trimkv_core.training.gated_model import (
-    BiasMaker,
-    Document,
-    GatedDecoder,
-    documents_of,
-)
+from trimkv_core.training.evictions import EvictionRule, eviction_bias, eviction_lines, eviction_reach
+from trimkv_core.training.gated_model import BiasMaker, Document, GatedDecoder, documents_of
 from trimkv_core.training.losses import LossKind, TokenLosses, blocked_token_losses
 from trimkv_core.training.retention_sums import retention_sums
 from trimkv_core.training.shapes import DecayShape
@@ -47,7 +42,7 @@ class Objective:
     num_sink_tokens: int = 0
     shape: DecayShape = field(default_factory=DecayShape)
     evictions: EvictionRule | None = None
-    logit_block: int = 256
+    logit_block: int = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,17 +63,6 @@ class StepLoss:
     soft_size: Tensor
 
 
-class TrainingStep(nn.Module):
-    """The loss as a module, so that several GPUs can wrap it."""
-
-    def __init__(self, decoder: GatedDecoder) -> None:
-        super().__init__()
-        self.decoder = decoder
-
-    def forward(self, batch: PackedBatch, objective: Objective) -> StepLoss:
-        return step_loss(self.decoder, batch, objective)
-
-
 def step_loss(decoder: GatedDecoder, batch: PackedBatch, objective: Objective) -> StepLoss:
     """One step's loss over a packed batch.
 
@@ -88,13 +72,15 @@ def step_loss(decoder: GatedDecoder, batch: PackedBatch, objective: Objective) -
     documents = documents_of(batch)
     if not documents:
         raise ValueError("a batch of padding has nothing to train on")
-    lines: list[Tensor] | None = None
     with torch.no_grad():
         # The lines must be known before the first layer is gated: the ungated pass draws them.
-        teacher, log_beta = decoder.read(batch, is_gated=objective.evictions is not None)
-        if objective.evictions is not None:
-            lines = _all_lines(log_beta, documents, objective.evictions)
-    hidden, log_beta = decoder.read(batch, make_bias=_bias_maker(documents, objective, lines))
+        teacher, log_beta = decoder.read(batch, documents=documents, is_gated=objective.evictions is not None)
+    if objective.evictions is None:
+        make_bias = _decay_maker(documents, objective)
+    else:
+        lines = _all_lines(log_beta, documents, objective.evictions)
+        make_bias = _eviction_maker(documents, objective.evictions, lines)
+    hidden, log_beta = decoder.read(batch, documents=documents, make_bias=make_bias)
     losses = blocked_token_losses(
         hidden.flatten(0, 1),
         teacher.flatten(0, 1),
@@ -113,28 +99,43 @@ def _document_log_beta(log_beta: list[Tensor], document: Document) -> Tensor:
 
 
 def _all_lines(log_beta: list[Tensor], documents: list[Document], rule: EvictionRule) -> list[Tensor]:
-    """The eviction lines of every document, [K, L, H]."""
-    result = []
-    for document in documents:
-        per_stream = _document_log_beta(log_beta, document)
-        lines = eviction_lines(per_stream.flatten(0, 1), rule)
-        result.append(lines.view(lines.shape[0], *per_stream.shape[:2]))
-    return result
+    """The eviction lines of every document, [K, L·H or 1]."""
+    return [eviction_lines(_document_log_beta(log_beta, document).flatten(0, 1), rule) for document in documents]
 
 
-def _bias_maker(documents: list[Document], objective: Objective, lines: list[Tensor] | None) -> BiasMaker:
+def _decay_maker(documents: list[Document], objective: Objective) -> BiasMaker:
     def make(layer: int, log_beta: Tensor) -> list[Bias]:
+        return [
+            Decay(_pinned(_per_head(log_beta, document), objective.num_sink_tokens), objective.shape)
+            for document in documents
+        ]
+
+    return make
+
+
+def _eviction_maker(documents: list[Document], rule: EvictionRule, lines: list[Tensor]) -> BiasMaker:
+    # A global budget has one line for all layers and heads, and one reach.
+    reaches = [
+        eviction_reach(drawn, document.stop - document.start, rule) if rule.is_global else None
+        for document, drawn in zip(documents, lines, strict=True)
+    ]
+
+    def make(layer: int, log_beta: Tensor) -> list[Bias]:
+        heads = log_beta.shape[-1]
         biases: list[Bias] = []
-        for nth, document in enumerate(documents):
-            per_head = log_beta[document.row, document.start : document.stop].t()
-            if lines is None or objective.evictions is None:
-                biases.append(Decay(_pinned(per_head, objective.num_sink_tokens), objective.shape))
-                continue
-            table = eviction_table(per_head, lines[nth][:, layer], objective.evictions)
-            biases.append(EvictionBias(table, objective.evictions.interval))
+        for document, drawn, shared in zip(documents, lines, reaches, strict=True):
+            per_head, reach = _per_head(log_beta, document), shared
+            if reach is None:
+                reach = eviction_reach(drawn[:, layer * heads : (layer + 1) * heads], per_head.shape[1], rule)
+            biases.append(eviction_bias(per_head, reach, rule))
         return biases
 
     return make
+
+
+def _per_head(log_beta: Tensor, document: Document) -> Tensor:
+    """Log β of one document in one layer, float32 [H, T], from [R, T, H]."""
+    return log_beta[document.row, document.start : document.stop].t()
 
 
 def _pinned(log_beta: Tensor, sinks: int) -> Tensor:

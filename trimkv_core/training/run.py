@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
+from trimkv_core.options import SettingsError
 from trimkv_core.training.assembly import (
     TrainingData,
     gate_config,
@@ -27,7 +28,6 @@ from trimkv_core.training.assembly import (
 from trimkv_core.training.batch import PackedBatch
 from trimkv_core.training.curve import CurvePoint, LossCurve
 from trimkv_core.training.documents import DataError
-from trimkv_core.training.options import SettingsError
 from trimkv_core.training.packing import StreamState
 from trimkv_core.training.progress import Progress
 from trimkv_core.training.saving import OutputFolder, SavedState
@@ -203,6 +203,11 @@ class _Run:
             raise TrainingError(
                 f"step {step}: {error}. {self._last_good()} Start from it in a new folder (--gates) or anew, with a "
                 "lower --learning-rate or --mixed-precision no"
+            ) from error
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(
+                f"step {step}: out of memory on {self._accelerator.device}. {self._last_good()} Use "
+                "--gradient-checkpointing, a smaller --logit-block or --batch-size, or a shorter --seq-len"
             ) from error
         self._step, self._tokens = step, self._tokens + figures.tokens
         return CurvePoint(

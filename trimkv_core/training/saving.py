@@ -30,14 +30,15 @@ from torch import Tensor
 
 from trimkv_core.checkpoint import CONFIG_NAME, WEIGHT_NAMES, GateConfig, save_gates
 from trimkv_core.gates import GateShape, RetentionGate, build_gates
+from trimkv_core.options import SettingsError
 from trimkv_core.training.data import SourceRecord
 from trimkv_core.training.loading import PROGRAM, SETTINGS_NAME, read_saved_settings
-from trimkv_core.training.options import SettingsError
 from trimkv_core.training.packing import Piece, StreamState
 from trimkv_core.training.settings import TrainSettings
 
 _STATE = "state"
 _LOCK = ".lock"
+_SCRATCH = ".checkpoint-"
 _STATE_FILE = re.compile(r"step-(\d+)\.pt")
 _PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "numpy", "trimkv-serve")
 
@@ -199,17 +200,27 @@ class OutputFolder:
             copies = build_gates(shape, dtype=dtype)
         for copy, gate in zip(copies, gates, strict=True):
             copy.load_state_dict(gate.state_dict())
-        # Beside the output: a base model in a folder is named from the checkpoint's, and both lie equally deep.
-        prefix = f".{self.path.name}-saving-"
-        for left_over in self.path.parent.glob(f"{prefix}*"):  # of a run that was killed
+        # Inside the output, which may be a mounted volume: files move within one file system only.
+        for left_over in self.path.glob(f"{_SCRATCH}*"):  # of a run that was killed
             shutil.rmtree(left_over, ignore_errors=True)
-        scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=self.path.parent))
+        scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=self.path))
         try:
             save_gates(copies, config, scratch, use_safetensors=True)
+            _rename_base(scratch, self.path)
             for name in (WEIGHT_NAMES[0], CONFIG_NAME):
                 (scratch / name).replace(self.path / name)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _rename_base(scratch: Path, folder: Path) -> None:
+    """Name a base model that lies in a folder from `folder`, where the config in `scratch` is about to move."""
+    config = scratch / CONFIG_NAME
+    raw = json.loads(config.read_text(encoding="utf-8"))
+    base = scratch / raw["base_model"]
+    if base.exists():
+        raw["base_model"] = os.path.relpath(base.resolve(), folder.resolve())
+        config.write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _step_of(path: Path) -> int:

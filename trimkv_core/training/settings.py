@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from trimkv_core.training.options import Option, contradiction, option_of
+from trimkv_core.options import Option, contradiction, option_of
 
 _RUN, _DATA, _GATES, _OBJECTIVE, _OPTIMISER, _COMPUTE, _OUTPUT = (
     "what is trained",
@@ -216,7 +216,9 @@ class TrainSettings(BaseModel):
         _Count, Field(description="rows a process computes at once"), Option(_OPTIMISER, "ROWS", _COUNT)
     ] = 1
     gradient_accumulation_steps: Annotated[
-        _Count, Field(description="batches a process sums up before a step"), Option(_OPTIMISER, "N", _COUNT)
+        _Count,
+        Field(description="batches a process sums up before a step; their means count alike"),
+        Option(_OPTIMISER, "N", _COUNT),
     ] = 1
     seed: Annotated[
         int,
@@ -294,6 +296,13 @@ class TrainSettings(BaseModel):
             raise contradiction("epsilon", self.epsilon, "at most --kappa and --kappa-end")
         if self.num_sink_tokens >= self.memory_size:
             raise contradiction("num_sink_tokens", self.num_sink_tokens, f"less than --memory-size={self.memory_size}")
+        least = (self.capacity_target or self.memory_size) / self.eviction_spread
+        if self.act_evictions and least < self.num_sink_tokens:
+            raise contradiction(
+                "eviction_spread",
+                self.eviction_spread,
+                f"one that leaves every budget room for --num-sink-tokens={self.num_sink_tokens}",
+            )
         if self.warmup_steps is not None and self.warmup_steps >= self.steps:
             raise contradiction("warmup_steps", self.warmup_steps, f"less than --steps={self.steps}")
         if self.mixed_precision == "fp16" and self.dtype == "bfloat16":

@@ -5,18 +5,14 @@ Letters: T tokens of the packed batch, N rows whose logits are wanted, V vocabul
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from service.engine.row_padding import CANDIDATES, find_stable_rows
 from trimkv_core.attention.base import LayerStep
 from trimkv_core.overlay import LayerAttention, StepCache
-
-logger = logging.getLogger(__name__)
 
 
 class _PackedCache(StepCache):
@@ -51,13 +47,18 @@ class _PackedCache(StepCache):
 
 
 class OverlayDecoder:
-    """Runs a model that the overlay is laid over."""
+    """Runs a model that the overlay is laid over.
+
+    Args:
+        model: as `TrimKVForCausalLM` returns it.
+        min_rows: rows a forward is padded to.
+    """
 
     name = "overlay"
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, min_rows: int = 1) -> None:
         self._model = model
-        self._min_rows = _choose_min_rows(model)
+        self._min_rows = min_rows
 
     @torch.inference_mode()
     def forward(self, token_ids: Tensor, position: Tensor, step: LayerStep, wanted: Tensor | None) -> Tensor:
@@ -76,14 +77,3 @@ class OverlayDecoder:
         )
         logits: Tensor = output.logits[0, :count]
         return logits
-
-
-def _choose_min_rows(model: Any) -> int:
-    """Rows a forward is padded to: in float32 on a CPU, where answers are promised to be the same alone and in
-    company."""
-    if model.dtype != torch.float32 or model.device.type != "cpu":
-        return 1
-    rows = find_stable_rows(module.weight for module in model.modules() if isinstance(module, nn.Linear))
-    if rows is None:
-        logger.warning("this CPU's matrix products depend on the batch: answers may differ in company by a rounding")
-    return rows or CANDIDATES[0]
