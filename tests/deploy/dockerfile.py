@@ -123,6 +123,12 @@ class Builder:
     def _copy(self, words: list[str], folder: Path) -> None:
         *sources, target = words
         goal = folder / self.inside(target)
+        if sources[0].startswith("--from="):
+            # Stages share one folder here: a file of an earlier one is already in it.
+            for source in sources[1:]:
+                path = Path(self.inside(source))
+                _copy_file(path, goal / path.name if target.endswith("/") else goal)
+            return
         for source in sources:
             path = self._context / source
             if path.is_dir():

@@ -28,7 +28,7 @@ def services(*names: str) -> dict[str, Service]:
     """All services of the files `names`, one over the other, variables filled in."""
     whole: Any = {}
     for name in names:
-        whole = compose.merge(whole, compose.load(name))
+        whole = compose.merge(whole, compose.extended(compose.load(name)))
     found: dict[str, Service] = compose.fill_in(whole, compose.read_env())["services"]
     return found
 
@@ -44,7 +44,7 @@ def seconds(duration: str) -> int:
 
 @pytest.mark.parametrize("name", FILES)
 def test_each_file_follows_the_compose_specification(name: str) -> None:
-    raw = compose.without_resets(compose.load(name))
+    raw = compose.without_marks(compose.load(name))
     for document in (raw, compose.fill_in(raw, compose.read_env())):
         jsonschema.validators.validator_for(SCHEMA)(SCHEMA).validate(document)
 
@@ -56,7 +56,7 @@ def test_the_schema_refuses_what_is_misspelt() -> None:
 
 
 def test_one_file_over_the_other_follows_it_too() -> None:
-    jsonschema.validate(compose.without_resets({"services": SCALED}), SCHEMA)
+    jsonschema.validate(compose.without_marks({"services": SCALED}), SCHEMA)
 
 
 @pytest.mark.parametrize("service", EACH)
@@ -147,18 +147,47 @@ def test_what_is_set_exists(service: Service) -> None:
 
 
 def test_scaled_replicas_are_reached_through_nginx_alone() -> None:
-    for name in ("cpu", "gpu"):
+    assert int(SCALED["cpu"]["deploy"]["replicas"]) >= 2
+    for name in ("cpu", "gpu", "gpu-1"):
         assert "ports" not in SCALED[name]
-        assert int(SCALED[name]["deploy"]["replicas"]) >= 2
+        assert SCALED[name]["networks"]["trimkv"]["aliases"] == ["trimkv"]
         assert SCALED["nginx"]["depends_on"][name] == {"condition": "service_healthy", "required": False}
     host_port = BASE["cpu"]["ports"][0].split(":")[1]
     assert SCALED["nginx"]["ports"] == [f"127.0.0.1:{host_port}:8080"]
 
 
+def test_each_replica_on_a_gpu_has_a_card_of_its_own() -> None:
+    """Docker gives every container of a service the same cards, `count: 1` meaning the first."""
+    cards = []
+    for service in SCALED.values():
+        for device in service["deploy"]["resources"].get("reservations", {}).get("devices", []):
+            assert service["deploy"].get("replicas", 1) == 1
+            assert "count" not in device
+            cards += device["device_ids"]
+    assert cards == ["0", "1"]
+
+
+def test_nginx_starts_no_more_workers_than_it_may() -> None:
+    configuration = (compose.FOLDER / "nginx/nginx.conf").read_text(encoding="utf-8")
+    found = re.search(r"^worker_processes (\d+);$", configuration, re.MULTILINE)  # `auto` counts the host's processors
+    assert found is not None
+    assert int(found[1]) < SCALED["nginx"]["deploy"]["resources"]["limits"]["pids"]
+
+
+def test_what_is_handed_to_a_build_is_asked_for_there() -> None:
+    stages = parse((compose.FOLDER / "Dockerfile").read_text(encoding="utf-8"))
+    for service in (BASE["cpu"], BASE["gpu"]):
+        stage = stages[f"{service['build']['target']}-packages"]
+        asked = dict(value.split("=", 1) for value in stage.values("ARG"))
+        for name, value in service["build"]["args"].items():
+            assert asked[name].strip('"') == value
+
+
 def test_defaults_are_the_same_with_and_without_the_env_file() -> None:
     env, text = compose.read_env(), "".join((compose.FOLDER / name).read_text("utf-8") for name in FILES)
     asked = compose.VARIABLE.findall(text)
-    assert env.keys() - dict(asked).keys() == {"COMPOSE_PROFILES"}
-    assert dict(asked).keys() - env.keys() == {"HF_TOKEN"}  # a secret: from the shell, never out of the repository
-    for name, default in asked:
+    names = {name for name, _, _ in asked}
+    assert env.keys() - names == {"COMPOSE_PROFILES"}
+    assert names - env.keys() == {"HF_TOKEN"}  # a secret: from the shell, never out of the repository
+    for name, _, default in asked:
         assert default == env.get(name, ""), name

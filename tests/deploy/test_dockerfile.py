@@ -93,6 +93,24 @@ def test_what_an_image_sets_exists_and_what_it_writes_lies_in_the_volume(name: s
     assert variables["PYTHONDONTWRITEBYTECODE"] == "1"
 
 
+@pytest.mark.parametrize("name", FINAL)
+def test_a_change_of_the_code_keeps_the_layers_of_the_packages(name: str) -> None:
+    copied = [value for value in STAGES[name].values("COPY") if value.startswith("--from=")]
+    assert copied[-2:] == [
+        f"--from={name}-packages /opt/trimkv/venv /opt/trimkv/venv",
+        f"--from={name}-app /opt/trimkv/app /opt/trimkv/app",
+    ]
+    assert STAGES[f"{name}-packages"].values("COPY") == [
+        "requirements/cpu-constraints.txt requirements/",
+        "--from=requirements /src/packages.txt requirements/",
+    ]
+    (command,) = [command for command in STAGES[f"{name}-app"].values("RUN") if "pip install" in command]
+    assert "--no-deps --target /opt/trimkv/app ." in command
+    variables = STAGES[name].variables()
+    assert variables["PATH"].split(":")[:2] == ["/opt/trimkv/app/bin", "/opt/trimkv/venv/bin"]
+    assert variables["PYTHONPATH"] == "/opt/trimkv/app"
+
+
 def test_only_what_is_copied_reaches_the_builder() -> None:
     for path in ("README.md", "service/cli.py", "trimkv_core/data/smollm2-135m-instruct/config.json"):
         assert reaches_builder(path, IGNORED)
@@ -118,12 +136,12 @@ def link_torch(command: str, builder: Builder) -> None:
 
 @pytest.fixture(scope="module")
 def built() -> Iterator[Builder]:
-    """The stages cpu-install and cpu-model, carried out."""
+    """The stages that install the CPU image, carried out one upon the other."""
     with tempfile.TemporaryDirectory(prefix="trimkv-image-") as folder:
         builder = Builder(Path(folder), ROOT, IGNORED)
         arguments = {"TORCH_INDEX": os.environ.get("TORCH_INDEX", "")}
-        builder.build(STAGES["cpu-install"], arguments, lambda command: link_torch(command, builder))
-        builder.build(STAGES["cpu-model"], {})
+        for name in ("requirements", "cpu-packages", "cpu-app", "cpu-model"):
+            builder.build(STAGES[name], arguments, lambda command: link_torch(command, builder))
         yield builder
 
 
@@ -147,7 +165,7 @@ def test_what_the_stages_install_serves_and_writes_to_its_volume_alone(built: Bu
     program_name = json.loads(command)[2]
     with (tmp_path / "log").open("w") as log:
         server = subprocess.Popen(
-            [image / "venv/bin" / program_name, "--kv-memory", "300MiB"],
+            [image / "app/bin" / program_name, "--kv-memory", "300MiB"],
             cwd=volume,
             env=environment,
             stdout=log,
@@ -186,11 +204,28 @@ def test_what_the_stages_install_serves_and_writes_to_its_volume_alone(built: Bu
     assert list(volume.glob("numba-*/**/*.nbi"))
 
 
-def test_the_installed_package_is_no_link_to_its_sources(built: Builder) -> None:
-    python = built.root / "opt/trimkv/venv/bin/python"
-    script = "import service, trimkv_core; print(service.__file__); print(trimkv_core.__path__[0])"
-    done = subprocess.run(
-        [python, "-c", script], cwd=built.root, capture_output=True, text=True, timeout=120, check=True
+def test_what_the_image_copies_can_be_read_by_anybody(built: Builder) -> None:
+    """Stages run as root, the image as somebody else."""
+    for copied in ("models", "app"):
+        for path in (built.root / "opt/trimkv" / copied).rglob("*"):
+            assert path.stat().st_mode & (0o5 if path.is_dir() else 0o4) in (0o4, 0o5), path
+
+
+def test_packages_and_code_lie_apart_and_the_code_is_no_link_to_its_sources(built: Builder) -> None:
+    image = built.root / "opt/trimkv"
+    script = (
+        "import service, trimkv_core, transformers, opentelemetry.sdk.trace\n"
+        "for module in (service, trimkv_core, transformers, opentelemetry.sdk): print(module.__path__[0])"
     )
-    for line in done.stdout.splitlines():
-        assert line.startswith(str(built.root / "opt/trimkv/venv")), sys.version
+    done = subprocess.run(
+        [image / "venv/bin/python", "-c", script],
+        cwd=built.root,
+        env=os.environ | {"PYTHONPATH": str(image / "app")},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    homes = [Path(line).relative_to(image).parts[0] for line in done.stdout.splitlines()]
+    assert homes == ["app", "app", "venv", "venv"], sys.version
+    assert not list((image / "venv").glob("lib/python*/site-packages/trimkv*"))

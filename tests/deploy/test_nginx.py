@@ -103,6 +103,17 @@ def test_errors_are_passed_on_and_not_repeated() -> None:
         assert sum(each.seen for each in replicas) == 1
 
 
+def test_one_requests_cache_is_found_on_whichever_replica_has_it() -> None:
+    url = "/v1/kv/chatcmpl-1"
+    with stand_ins(404, 404, 404, 404, 200) as replicas, nginx([each.url for each in replicas]) as proxy:
+        assert all(httpx.get(proxy.url + url, timeout=60).status_code == 200 for _ in range(5))
+    with stand_ins(404, 404) as replicas, nginx([each.url for each in replicas]) as proxy:
+        assert httpx.get(proxy.url + url, timeout=60).status_code == 404
+        assert [each.seen for each in replicas] == [1, 1]
+        assert post(proxy).status_code == 404
+        assert sum(each.seen for each in replicas) == 3  # any other path is asked for once
+
+
 def test_what_nginx_itself_says_is_said_in_the_apis_words() -> None:
     with nginx([f"http://127.0.0.1:{free_port()}"]) as proxy:
         nobody = post(proxy)
@@ -195,6 +206,14 @@ def test_an_answer_is_the_same_through_the_proxy(proxy: Proxy, replicas: tuple[L
         for url in (proxy.url, replicas[0].url, replicas[1].url)
     ]
     assert len({answer["choices"][0]["message"]["content"] for answer in answers}) == 1
+
+
+def test_the_cache_of_an_answer_can_be_read_through_the_proxy(proxy: Proxy, replicas: tuple[Live, Live]) -> None:
+    made = post(proxy, max_tokens=5).json()["id"]
+    read = [httpx.get(f"{proxy.url}/v1/kv/{made}", timeout=60) for _ in range(6)]
+    assert [answer.status_code for answer in read] == [200] * 6
+    assert {answer.json()["id"] for answer in read} == {made}
+    assert sorted(httpx.get(f"{live.url}/v1/kv/{made}", timeout=60).status_code for live in replicas) == [200, 404]
 
 
 async def test_streams_at_once_are_spread_over_real_replicas(proxy: Proxy, replicas: tuple[Live, Live]) -> None:
