@@ -51,6 +51,8 @@ def create_app(*, settings: Settings, engine: StartableEngine, metrics: Metrics)
     `ApiContext`, whose `failure` says why the service can never become ready.
     """
     context = ApiContext(settings=settings, engine=engine, metrics=metrics)
+    if settings.log_content:
+        logger.warning("prompts and answers are logged (--log-content)")
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

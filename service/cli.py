@@ -44,15 +44,10 @@ def _serve(settings: Settings) -> int:
     from service.engine.worker import EngineWorker
     from service.logs import LoggedMetrics, setup_logging
     from service.server import Server
-    from service.traces import TracedMetrics, TracesError, open_traces
+    from service.traces import TracedMetrics, open_traces
 
     setup_logging(settings.log_level, log_format=settings.log_format)
-    if settings.log_content:
-        logger.warning("prompts and answers are logged (--log-content)")
-    try:
-        traces = open_traces(os.environ)
-    except TracesError as error:
-        return _complain(str(error), EXIT_FAILURE)
+    traces = open_traces(os.environ)
     metrics = TracedMetrics(traces) if traces else LoggedMetrics()
     engine = EngineWorker(settings.engine_config(), metrics)
     server = Server(create_app(settings=settings, engine=engine, metrics=metrics), settings)

@@ -244,12 +244,15 @@ class Settings(BaseSettings):
     ] = 300.0
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"],
-        Field(description="least important lines that are logged: debug, info, warning or error"),
+        Field(
+            description="least important lines that are logged: debug, info (one at the end of every request), "
+            "warning or error"
+        ),
         Option(_OPERATION, "LEVEL", "debug, info, warning or error"),
     ] = "info"
     log_format: Annotated[
         Literal["text", "json"],
-        Field(description="lines for a person (text) or one JSON object a line (json)"),
+        Field(description="log lines for a person (text), or one JSON object a line (json)"),
         Option(_OPERATION, "FORMAT", "text or json"),
     ] = "text"
     log_content: Annotated[

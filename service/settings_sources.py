@@ -27,7 +27,8 @@ def make_parser(settings_class: type[BaseSettings], groups: Sequence[str]) -> ar
         description="Serve a language model over the OpenAI API, each request's KV cache under its own budget. "
         f"See also: {PROGRAM} plan --help (how many sequences fit).",
         epilog=f"A flag goes before the environment ({ENV_PREFIX}KV_MEMORY=8GiB for --kv-memory 8GiB), the environment "
-        "before the file of --config, the file before the defaults.",
+        "before the file of --config, the file before the defaults. Traces and metrics of OpenTelemetry: by its own "
+        "variables, such as OTEL_EXPORTER_OTLP_ENDPOINT=http://collector:4318 (extra: otel).",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )

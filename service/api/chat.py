@@ -31,7 +31,7 @@ from service.api.answers import (
     Usage,
 )
 from service.api.context import ApiContext
-from service.api.edge import http_request_id, read_body
+from service.api.edge import CLIENT_CLOSED_REQUEST, http_request_id, read_body
 from service.api.errors import ApiError, from_submit_error, show
 from service.api.knobs import Caps, resolve_budget
 from service.api.sampling import AskedTokens, OutputLimits, resolve_max_tokens, resolve_sampling
@@ -64,8 +64,6 @@ _BODY = {
 TRACE_HEADERS = ("traceparent", "tracestate")
 # The answer's id before its first token is there, so that `GET /v1/kv/{id}` can watch the prompt being read.
 ID_HEADER = "X-Trimkv-Id"
-# What nginx logs for a client that left; nobody reads it.
-CLIENT_CLOSED_REQUEST = 499
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +96,7 @@ def chat_router(context: ApiContext) -> APIRouter:
         body = await read_body(request, max_bytes=context.settings.max_body_bytes)
         fields = parse_chat_request(body)
         answer = await _submit(context, fields, chat_format, arrival=arrival, origin=_origin(request, fields))
-        logger.debug("accepted id=%s http_request_id=%s", answer.id, http_request_id(request))
+        logger.debug("accepted id=%s", answer.id)
         abort = functools.partial(context.engine.abort, answer.id)  # an ended answer is not harmed by it
         if fields.stream:
             return EventStream(
@@ -183,6 +181,7 @@ def _origin(request: Request, fields: ChatCompletionRequest) -> RequestOrigin:
     return RequestOrigin(
         http_request_id=http_request_id(request),
         model=fields.model,
+        is_streaming=bool(fields.stream),
         trace_headers={name: request.headers[name] for name in TRACE_HEADERS if name in request.headers},
     )
 
@@ -237,9 +236,10 @@ async def _answer_whole(request: Request, answer: Answer) -> Response:
         tasks.cancel_scope.cancel()
     if whole is None:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
-    if isinstance(whole, ApiError):
-        raise whole
-    return JSONResponse(whole.model_dump(), headers={ID_HEADER: answer.id})
+    headers = {ID_HEADER: answer.id}
+    if isinstance(whole, ApiError):  # not raised: a request that reached the engine was not refused at the door
+        return whole.response(headers)
+    return JSONResponse(whole.model_dump(), headers=headers)
 
 
 async def _collect(answer: Answer) -> ChatCompletion | ApiError:

@@ -1,8 +1,8 @@
 """What happens to every HTTP request before and after its endpoint.
 
-Owns the request id on every answer, the last catch of an unforeseen exception, the 503 of every POST until the service
-is ready, and the size limit of a body. Knows no endpoint. Plain ASGI: a wrapper that buffers would hide a client's
-departure from the streams below it.
+Owns the request id on every answer and every line of the log, the last catch of an unforeseen exception, the 503 of
+every POST until the service is ready, and the size limit of a body. Knows no endpoint. Plain ASGI: a wrapper that
+buffers would hide a client's departure from the streams below it.
 """
 
 from __future__ import annotations
@@ -17,12 +17,15 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.api.errors import ApiError, from_submit_error, internal_error
+from service.api.errors import ApiError, from_submit_error, internal_error, refuse
 from service.engine.interface import SubmitError
+from service.logs import current_http_request, log_refused
 
 logger = logging.getLogger(__name__)
 
 REQUEST_ID_HEADER = "X-Request-Id"
+# What nginx logs for a client that left; nobody reads it.
+CLIENT_CLOSED_REQUEST = 499
 # Bytes over the limit that are still read, and dropped: a client that is cut off while it sends never sees the 413.
 MAX_DISCARDED_BYTES = 64 << 20
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/=+@#-]{1,128}")
@@ -41,6 +44,7 @@ class RequestIdMiddleware:
         asked = Headers(scope=scope).get(REQUEST_ID_HEADER, "")
         request_id = asked if _SANE_REQUEST_ID.fullmatch(asked) else f"req-{uuid.uuid4().hex}"
         scope.setdefault("state", {})["http_request_id"] = request_id
+        current_http_request.set(request_id)  # of this task, which ends with the request
         has_started = False
 
         async def send_with_id(message: Message) -> None:
@@ -53,11 +57,13 @@ class RequestIdMiddleware:
         try:
             await self._app(scope, receive, send_with_id)
         except ClientDisconnect:
-            logger.debug("client left before its request was read http_request_id=%s", request_id)
+            if has_started:
+                raise
+            log_refused(path=scope["path"], status=CLIENT_CLOSED_REQUEST, code="client_disconnected")
         except Exception:
             if has_started:
                 raise
-            logger.exception("unforeseen error path=%s http_request_id=%s", scope["path"], request_id)
+            logger.exception("unforeseen error path=%s", scope["path"])
             await internal_error().response()(scope, receive, send_with_id)
 
 
@@ -73,7 +79,7 @@ class ReadyMiddleware:
             try:
                 self._check_ready()
             except SubmitError as error:
-                await from_submit_error(error).response()(scope, receive, send)
+                await refuse(scope, from_submit_error(error))(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 

@@ -1,7 +1,7 @@
 """Errors as a client sees them: one type, one envelope, one place where a status is chosen.
 
-Owns the OpenAI error envelope and the mapping from what went wrong (a bad value, a submission the engine refused,
-FastAPI's own 404 and 405) to status, type, param and code. Knows no endpoint.
+Owns the OpenAI error envelope, the mapping from what went wrong (a bad value, a submission the engine refused,
+FastAPI's own 404 and 405) to status, type, param and code, and the line that a refusal leaves. Knows no endpoint.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.types import Scope
 
 from service.engine.interface import RejectionReason, SubmitError
+from service.logs import log_refused
 
 RETRY_AFTER_SECONDS: Mapping[RejectionReason, int] = {
     RejectionReason.QUEUE_REQUESTS: 1,
@@ -107,28 +109,36 @@ def from_submit_error(error: SubmitError) -> ApiError:
     )
 
 
+def refuse(scope: Scope, error: ApiError, *, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """The answer to a request that is not served; a POST, which would have had a line at its end, has it now."""
+    if scope["method"] == "POST":
+        log_refused(path=scope["path"], status=error.status, code=error.body.code, param=error.body.param)
+    return error.response(headers)
+
+
 def install_error_handlers(app: FastAPI) -> None:
     """Answer every error of `app` in the envelope."""
 
     async def on_api_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, ApiError)
-        return error.response()
+        return refuse(request.scope, error)
 
     async def on_submit_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, SubmitError)
-        return from_submit_error(error).response()
+        return refuse(request.scope, from_submit_error(error))
 
     async def on_http_exception(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
-        return _from_http_exception(request, error).response(error.headers)
+        return refuse(request.scope, _from_http_exception(request, error), headers=error.headers)
 
     async def on_validation_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
         first = error.errors()[0]
         param = ".".join(str(part) for part in first["loc"][1:]) or None
-        return ApiError(
-            HTTPStatus.BAD_REQUEST, f"{param}: {first['msg']}", param=param, code="invalid_value"
-        ).response()
+        return refuse(
+            request.scope,
+            ApiError(HTTPStatus.BAD_REQUEST, f"{param}: {first['msg']}", param=param, code="invalid_value"),
+        )
 
     app.add_exception_handler(ApiError, on_api_error)
     app.add_exception_handler(SubmitError, on_submit_error)

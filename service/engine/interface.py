@@ -99,11 +99,13 @@ class RequestOrigin:
     Attributes:
         http_request_id: `X-Request-Id` of the answer that carries it.
         model: the served name it was asked under.
+        is_streaming: whether the answer goes out as it is made.
         trace_headers: W3C `traceparent` and `tracestate`, as far as the client sent them.
     """
 
     http_request_id: str | None = None
     model: str | None = None
+    is_streaming: bool = False
     trace_headers: Mapping[str, str] = field(default_factory=dict)
 
 

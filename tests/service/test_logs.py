@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from typing import Any
@@ -20,7 +21,16 @@ from service.engine.interface import (
     RequestOrigin,
     TextDelta,
 )
-from service.logs import JsonFormatter, LoggedMetrics, is_worth_logging, log_content, log_event, setup_logging
+from service.logs import (
+    JsonFormatter,
+    LoggedMetrics,
+    current_http_request,
+    is_worth_logging,
+    log_content,
+    log_event,
+    log_refused,
+    setup_logging,
+)
 from service.settings import SettingsError, load_settings
 
 KV = KVUsage(
@@ -46,7 +56,7 @@ ENDED = FinishedRequest(
     queue_time=0.1,
     prefill_time=0.1,
     decode_time=0.8,
-    origin=RequestOrigin(http_request_id="req-7", model="tiny/model"),
+    origin=RequestOrigin(http_request_id="req-7", model="tiny/model", is_streaming=True),
 )
 
 
@@ -57,6 +67,7 @@ def root() -> Iterator[logging.Logger]:
     handlers, level = logger.handlers[:], logger.level
     yield logger
     logger.handlers[:], logger.level = handlers, level
+    logging.captureWarnings(False)
 
 
 def lines_of(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
@@ -80,6 +91,7 @@ def test_an_ended_request_is_one_json_line(root: logging.Logger, capsys: pytest.
         "id": "chatcmpl-1",
         "http_request_id": "req-7",
         "model": "tiny/model",
+        "stream": True,
         "reason": "stop",
         "prompt_tokens": 5,
         "completion_tokens": 3,
@@ -117,7 +129,8 @@ def test_the_same_line_for_a_person(root: logging.Logger, capsys: pytest.Capture
     setup_logging("info")
     LoggedMetrics().on_finished(ENDED)
     (line,) = capsys.readouterr().err.splitlines()
-    assert "INFO    service.logs: finished id=chatcmpl-1 http_request_id=req-7 model=tiny/model reason=stop" in line
+    said = "finished id=chatcmpl-1 http_request_id=req-7 model=tiny/model stream=true reason=stop"
+    assert f"INFO    service.logs: {said}" in line
     assert "kv_budget=64 retained=6 evicted=6" in line
     assert "ttft_s=0.200" in line
 
@@ -141,6 +154,73 @@ def test_text_from_outside_cannot_begin_a_line(root: logging.Logger, capsys: pyt
     assert line.endswith(r'model="a\nfinished id=\"forged\""')
 
 
+def test_a_refusal_is_one_line_without_the_words_of_the_client(
+    root: logging.Logger, capsys: pytest.CaptureFixture[str]
+) -> None:
+    setup_logging("info", log_format="json")
+    current = current_http_request.set("req-9")
+    log_refused(path="/v1/chat/completions", status=400, code="invalid_value", param="messages[0].content")
+    current_http_request.reset(current)
+    (line,) = lines_of(capsys)
+    del line["time"]
+    assert line == {
+        "level": "info",
+        "logger": "service.logs",
+        "message": "refused",
+        "http_request_id": "req-9",
+        "path": "/v1/chat/completions",
+        "status": 400,
+        "code": "invalid_value",
+        "param": "messages[0].content",
+    }
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_every_line_of_a_request_has_its_id_once(
+    root: logging.Logger, capsys: pytest.CaptureFixture[str], log_format: str
+) -> None:
+    setup_logging("info", log_format=log_format)
+    current = current_http_request.set("req-9")
+    logging.getLogger("uvicorn.access").handle(access("/v1/models", 200))
+    logging.getLogger("service.somewhere").info("said of req-9")
+    log_refused(path="/", status=404, code=None)
+    current_http_request.reset(current)
+    logging.getLogger("service.somewhere").info("said of nobody")
+    *lines, last = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    assert "req-9" not in last
+    if log_format == "json":
+        assert [json.loads(line)["http_request_id"] for line in lines] == ["req-9"] * 3
+    else:
+        assert [line.count("req-9") for line in lines] == [1, 1, 1]
+
+
+def test_libraries_and_warnings_speak_in_the_same_form(
+    root: logging.Logger, capsys: pytest.CaptureFixture[str]
+) -> None:
+    library = logging.getLogger("transformers")
+    before, propagates = library.handlers[:], library.propagate
+    library.handlers[:], library.propagate = [logging.StreamHandler()], False
+    try:
+        setup_logging("info", log_format="json")
+        library.warning("what a library warns of")
+        warnings.warn("what Python warns of", stacklevel=1)
+        logging.getLogger("uvicorn.error").info("Started server process [%d]", 7)
+    finally:
+        library.handlers[:], library.propagate = before, propagates
+    said = lines_of(capsys)
+    assert [line["logger"] for line in said] == ["transformers", "py.warnings", "uvicorn.error"]
+    assert said[2]["message"] == "Started server process [7]"
+
+
+def test_a_json_line_is_one_line_in_any_encoding(root: logging.Logger, capsys: pytest.CaptureFixture[str]) -> None:
+    setup_logging("info", log_format="json")
+    log_event("content", {"answer": "日本\u2028\x85\ud800\n🌈"})
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.isascii()
+    assert json.loads(line)["answer"] == "日本\u2028\x85\ud800\n🌈"
+
+
 def test_the_access_log_has_fields_too() -> None:
     line = json.loads(JsonFormatter().format(access("/v1/models", 200)))
     assert (line["method"], line["path"], line["status"]) == ("GET", "/v1/models", 200)
@@ -152,6 +232,8 @@ def test_the_access_log_has_fields_too() -> None:
         ("/health", 200, False),
         ("/health/ready", 503, False),
         ("/metrics", 200, False),
+        ("/metrics", 500, True),
+        ("/healthy", 200, True),
         ("/v1/kv", 200, False),
         ("/v1/kv/chatcmpl-1?layer=2", 200, False),
         ("/v1/kv/chatcmpl-1", 404, True),
@@ -178,7 +260,7 @@ async def test_content_is_written_once_and_handed_on_whole(caplog: pytest.LogCap
     (record,) = caplog.records
     line = json.loads(JsonFormatter().format(record))
     assert (line["message"], line["id"], line["answer"]) == ("content", "chatcmpl-1", "a secret")
-    assert json.loads(line["messages"]) == messages
+    assert line["messages"] == messages
 
 
 async def test_content_of_a_client_that_left_is_written_as_far_as_it_came(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from dataclasses import replace
 
 import pytest
@@ -16,7 +15,6 @@ from service.engine.interface import (
     RejectionReason,
     RequestStats,
 )
-from service.logs import LoggedMetrics, is_worth_logging
 from service.metrics import INTER_TOKEN_BUCKETS, TIME_TO_FIRST_TOKEN_BUCKETS, Metrics
 from tests.service.contract import COUNTERS, GAUGES, HISTOGRAMS
 from tests.service.scripted import INFO, KV, ScriptedEngine
@@ -179,20 +177,3 @@ async def test_an_engine_that_gives_no_figures_does_not_stop_a_scrape(monkeypatc
     await samples(metrics, engine)
     engine.is_stuck = True
     assert of(await samples(metrics, engine), "kv_pages", state="used") == 25
-
-
-def test_one_line_tells_of_every_ended_request_and_of_no_text(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO):
-        LoggedMetrics().on_finished(FINISHED)
-    (record,) = caplog.records
-    for part in ("id=chatcmpl-1", "reason=stop", "prompt_tokens=5", "kv_budget=64", "retained=6", "ttft_s=0.200"):
-        assert part in record.message
-
-
-@pytest.mark.parametrize(
-    ("path", "is_logged"), [("/health/live", False), ("/metrics", False), ("/v1/chat/completions", True)]
-)
-def test_probes_stay_out_of_the_access_log(path: str, is_logged: bool) -> None:
-    arguments = ("127.0.0.1:1", "GET", path, "1.1", 200)
-    record = logging.LogRecord("uvicorn.access", logging.INFO, "", 0, "%s %s %s %s %s", arguments, None)
-    assert is_worth_logging(record) is is_logged

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import logging
+import re
+import sys
 import threading
-from collections.abc import Iterator
+import time
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +25,22 @@ from opentelemetry.trace import SpanKind, StatusCode
 
 from service import traces
 from service.engine.interface import AbortReason, FinishedRequest, FinishReason, RequestOrigin, SamplingParams
-from service.traces import TracedMetrics, Traces, TracesError, open_traces
+from service.traces import TracedMetrics, Traces, open_traces
+from tests.service.collector import collecting
 from tests.service.test_logs import ENDED
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 PARENT = "b7ad6b7169203331"
 REQUEST = replace(
     ENDED,
-    sampling=SamplingParams(max_tokens=40, temperature=0.5, seed=3),
+    sampling=SamplingParams(max_tokens=40, temperature=0.5, top_k=20, seed=3, stop=("a secret",)),
     origin=RequestOrigin(
-        http_request_id="req-7", model="tiny/model", trace_headers={"traceparent": f"00-{TRACE}-{PARENT}-01"}
+        http_request_id="req-7",
+        model="tiny/model",
+        is_streaming=True,
+        trace_headers={"traceparent": f"00-{TRACE}-{PARENT}-01"},
     ),
 )
-SIGNALS = ("traces", "metrics")
 
 
 class Told:
@@ -69,6 +74,7 @@ def test_a_request_is_a_span_of_its_callers_trace() -> None:
     assert f"{span.context.trace_id:032x}" == TRACE
     assert f"{span.parent.span_id:016x}" == PARENT
     assert (span.end_time - span.start_time) / 1e9 == pytest.approx(REQUEST.e2e_latency)
+    assert span.status.status_code is StatusCode.UNSET
     assert dict(span.attributes) == {
         "gen_ai.operation.name": "chat",
         "gen_ai.provider.name": "trimkv",
@@ -81,8 +87,10 @@ def test_a_request_is_a_span_of_its_callers_trace() -> None:
         "gen_ai.request.max_tokens": 40,
         "gen_ai.request.temperature": 0.5,
         "gen_ai.request.top_p": 1.0,
+        "gen_ai.request.top_k": 20.0,
         "gen_ai.request.seed": 3,
-        "http.request.header.x-request-id": "req-7",
+        "gen_ai.request.stream": True,
+        "http.response.header.x-request-id": ("req-7",),
         "trimkv.kv.budget": 64,
         "trimkv.kv.retained_entries": 6,
         "trimkv.kv.evicted_entries": 6,
@@ -119,13 +127,26 @@ def test_one_that_never_began_has_no_phases_and_no_token_times() -> None:
     spans = told.spans(refused)
     assert set(spans) == {"chat tiny/model"}
     assert spans["chat tiny/model"].attributes["error.type"] == "client_disconnected"
-    assert set(told.points()) == {"gen_ai.server.request.duration"}
 
 
-def test_a_failure_is_an_error() -> None:
-    span = Told().spans(replace(REQUEST, finish_reason=FinishReason.ERROR))["chat tiny/model"]
+@pytest.mark.parametrize(
+    ("reason", "abort", "error_type"),
+    [
+        (FinishReason.ERROR, None, "engine_error"),
+        (FinishReason.ABORT, AbortReason.CLIENT, "client_disconnected"),
+        (FinishReason.ABORT, AbortReason.SHUTDOWN, "shutdown"),
+    ],
+)
+def test_an_answer_without_its_end_is_an_error_and_only_its_duration_counts(
+    reason: FinishReason, abort: AbortReason | None, error_type: str
+) -> None:
+    told = Told()
+    span = told.spans(replace(REQUEST, finish_reason=reason, abort_reason=abort))["chat tiny/model"]
     assert span.status.status_code is StatusCode.ERROR
-    assert span.attributes["error.type"] == "engine_error"
+    assert span.attributes["error.type"] == error_type
+    points = told.points()
+    assert set(points) == {"gen_ai.server.request.duration"}
+    assert points["gen_ai.server.request.duration"][0].attributes["error.type"] == error_type
 
 
 def test_metrics_are_the_conventions_and_know_no_request() -> None:
@@ -141,7 +162,12 @@ def test_metrics_are_the_conventions_and_know_no_request() -> None:
     for name, total in expected.items():
         (point,) = points[name]
         assert (point.count, point.sum) == (2, pytest.approx(total))
-        assert "chatcmpl-1" not in str(dict(point.attributes))
+        assert dict(point.attributes) == {
+            "gen_ai.operation.name": "chat",
+            "gen_ai.provider.name": "trimkv",
+            "gen_ai.request.model": "tiny/model",
+            "gen_ai.response.model": "tiny/model",
+        }
     assert 0.32 in points["gen_ai.server.request.duration"][0].explicit_bounds
 
 
@@ -161,75 +187,95 @@ def test_nothing_is_told_unless_asked(environ: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     ("environ", "said"),
     [
-        ({"OTEL_TRACES_EXPORTER": "jaeger"}, "OTEL_TRACES_EXPORTER=jaeger is not possible: otlp, console, none"),
+        (
+            {"OTEL_TRACES_EXPORTER": "otlp,jaeger"},
+            "OTEL_TRACES_EXPORTER=otlp,jaeger is not possible: otlp, console, none, or several with commas",
+        ),
         (
             {"OTEL_TRACES_EXPORTER": "otlp", "OTEL_EXPORTER_OTLP_PROTOCOL": "carrier-pigeon"},
             "carrier-pigeon is not possible: http/protobuf, grpc",
         ),
+        ({"OTEL_TRACES_EXPORTER": "otlp", "OTEL_BSP_MAX_QUEUE_SIZE": "-1"}, "ValueError: max_queue_size"),
     ],
 )
-def test_what_cannot_be_had_is_said(environ: dict[str, str], said: str) -> None:
-    with pytest.raises(TracesError, match=said):
-        open_traces(environ)
+def test_what_cannot_be_had_is_said_and_no_reason_not_to_serve(
+    environ: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    assert open_traces(environ) is None
+    (record,) = (record for record in caplog.records if record.name == traces.__name__)
+    assert record.levelno == logging.WARNING
+    assert said in record.message
 
 
-def test_without_the_package_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "opentelemetry.sdk.resources", None)
-    with pytest.raises(TracesError, match=r"trimkv-serve\[otel\]"):
-        open_traces({"OTEL_TRACES_EXPORTER": "console"})
+def test_without_the_package_it_says_once_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in [name for name in sys.modules if name.startswith("opentelemetry.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "opentelemetry.sdk", None)
+    assert open_traces({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9"}) is None
+    (record,) = caplog.records
+    assert "pip install 'trimkv-serve[otel]'" in record.message
 
 
-def test_a_failing_sdk_never_fails_the_engine(caplog: pytest.LogCaptureFixture) -> None:
+def test_several_exporters_may_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
+    both = {"OTEL_TRACES_EXPORTER": "console, otlp", "OTEL_METRICS_EXPORTER": "none"}
+    assert traces._exporters(both, "TRACES") == ("console", "otlp")
+    assert traces._exporters(both, "METRICS") == ()
+
+
+def test_a_failing_sdk_never_fails_the_engine_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
     told = Told()
-    told.traces._tracer = None
-    told.traces._duration = type("Broken", (), {"record": lambda *_: 1 / 0})()  # type: ignore[assignment]
-    TracedMetrics(told.traces).on_finished(REQUEST)
-    assert "could not be traced id=chatcmpl-1" in caplog.text
+    told.traces._histograms = {"gen_ai.server.request.duration": None}  # type: ignore[dict-item]
+    metrics = TracedMetrics(told.traces)
+    metrics.on_finished(REQUEST)
+    metrics.on_finished(REQUEST)
+    assert caplog.text.count("could not be traced id=chatcmpl-1") == 1
+
+
+def test_a_collector_that_is_gone_does_not_hold_up_the_end(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(traces, "CLOSE_SECONDS", 0.2)
+    stuck = threading.Event()
+    provider = TracerProvider()
+    monkeypatch.setattr(provider, "shutdown", lambda: stuck.wait(30))
+    opened = Traces(tracer_provider=provider, meter_provider=None)
+    started = time.monotonic()
+    opened.close()
+    stuck.set()
+    assert time.monotonic() - started < 5
+    assert "did not reach their collector" in caplog.text
 
 
 def test_opentelemetry_is_imported_in_one_module_only() -> None:
     service = Path(traces.__file__).parent
-    guilty = {path.name for path in service.rglob("*.py") if "opentelemetry" in path.read_text().lower()}
+    guilty = {
+        path.name
+        for path in service.rglob("*.py")
+        if re.search(r"^\s*(import|from) opentelemetry", path.read_text(), re.MULTILINE)
+    }
     assert guilty == {"traces.py"}
 
 
-@pytest.fixture
-def collector() -> Iterator[tuple[str, dict[str, list[bytes]]]]:
-    """An OTLP endpoint over HTTP: its address, and bodies by path."""
-    heard: dict[str, list[bytes]] = {}
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            heard.setdefault(self.path, []).append(self.rfile.read(int(self.headers["Content-Length"])))
-            self.send_response(200)
-            self.end_headers()
-
-        def log_message(self, *_arguments: object) -> None:
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", heard
-    server.shutdown()
-
-
-def test_spans_and_metrics_reach_a_collector(
-    collector: tuple[str, dict[str, list[bytes]]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
-    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
-
-    address, heard = collector
-    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", address)
+def test_spans_and_metrics_reach_a_collector(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_COMPRESSION", "none")
-    opened = open_traces({"OTEL_EXPORTER_OTLP_ENDPOINT": address})
-    assert opened is not None
-    TracedMetrics(opened).on_finished(REQUEST)
-    opened.close()
-    assert set(heard) == {f"/v1/{signal}" for signal in SIGNALS}
-    sent = ExportTraceServiceRequest.FromString(heard["/v1/traces"][0]).resource_spans[0]
-    resource = {attribute.key: attribute.value.string_value for attribute in sent.resource.attributes}
+    with collecting() as collector:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.address)
+        opened = open_traces({"OTEL_EXPORTER_OTLP_ENDPOINT": collector.address})
+        assert opened is not None
+        TracedMetrics(opened).on_finished(REQUEST)
+        opened.close()
+    assert set(collector.bodies) == {"/v1/traces", "/v1/metrics"}
+    (resource,) = collector.resources()
     assert resource["service.name"] == "trimkv-serve"
-    assert {span.name for span in sent.scope_spans[0].spans} == {"chat tiny/model", "queue", "prefill", "decode"}
-    metrics = ExportMetricsServiceRequest.FromString(heard["/v1/metrics"][0]).resource_metrics[0]
-    assert "gen_ai.server.time_to_first_token" in {metric.name for metric in metrics.scope_metrics[0].metrics}
+    assert resource["service.instance.id"], "the metrics of two replicas would be one series"
+    assert {span.name for span in collector.spans()} == {"chat tiny/model", "queue", "prefill", "decode"}
+    assert collector.metrics() >= {
+        "gen_ai.server.request.duration",
+        "gen_ai.server.time_to_first_token",
+        "gen_ai.server.time_per_output_token",
+    }
