@@ -8,201 +8,73 @@ For a machine without Grafana. Needs matplotlib and httpx, which `pip install '.
 from __future__ import annotations
 
 import argparse
-import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import build
-import httpx
-import matplotlib as mpl
-import numpy as np
+from answers import Source
+from drawers import DRAWN, EDGE, FAINT, INK, LEFT, LEGEND, PADDING, SMALL, TEXT, TICKS
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from panels import Json
 
-mpl.use("Agg")
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+# Inches of one column and of one line of Grafana's grid, and of what is around a panel's drawing.
+COLUMN, LINE = 0.5, 0.27
+GAP, TITLE, RIGHT, SCALE = 0.05, 0.36, 0.14, 0.75
+PAPER, CARD = "#f1f2f4", "#ffffff"
 
-POINTS = 240
-# Inches of one column and of one line of Grafana's grid.
-COLUMN, LINE = 0.62, 0.42
-BASES = {"bytes": (1024, ("B", "KiB", "MiB", "GiB", "TiB")), "": (1000, ("", "k", "M", "G", "T"))}
-SMALL = 7.5
+Box = tuple[float, float, float, float]
 
 
-@dataclass(frozen=True, slots=True)
-class Series:
-    """One line: its name, and its value at each of the times (NaN where there is none)."""
-
-    name: str
-    labels: dict[str, str]
-    values: np.ndarray[Any, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """A Prometheus, and the span and Grafana's variables that it is asked with."""
-
-    url: str
-    start: float
-    end: float
-    rate_interval: str
-
-    @property
-    def times(self) -> np.ndarray[Any, Any]:
-        """Seconds since the start."""
-        return np.linspace(0, self.end - self.start, POINTS)
-
-    def ask(self, target: Json) -> list[Series]:
-        """The series of one query of a panel."""
-        expression = target["expr"].replace("$__rate_interval", self.rate_interval)
-        expression = expression.replace("$instance", ".*").replace("$job", "trimkv")
-        step = (self.end - self.start) / (POINTS - 1)
-        parameters = {"query": expression, "start": str(self.start), "end": str(self.end), "step": f"{step:.3f}"}
-        answer = httpx.get(f"{self.url}/api/v1/query_range", params=parameters, timeout=60).raise_for_status().json()
-        return [self._series(found, target["legendFormat"]) for found in answer["data"]["result"]]
-
-    def _series(self, found: Json, legend: str) -> Series:
-        labels = found["metric"]
-        name = ", ".join(labels.values()) if legend == "__auto" else legend
-        for label, value in labels.items():
-            name = name.replace(f"{{{{{label}}}}}", value)
-        values = np.full(POINTS, math.nan)
-        for moment, value in found["values"]:
-            index = round((moment - self.start) / (self.end - self.start) * (POINTS - 1))
-            values[min(index, POINTS - 1)] = float(value)
-        return Series(name, labels, values)
-
-
-def show(value: float, unit: str) -> str:
-    """A number in one of Grafana's units."""
-    if math.isnan(value):
-        return "–"
-    if unit == "percentunit":
-        return f"{value:.1%}"
-    if unit == "s":
-        return f"{value * 1000:.3g} ms" if value < 1 else f"{value:.3g} s"
-    base, names = BASES["bytes" if unit == "bytes" else ""]
-    power = min(int(math.log(abs(value), base)), len(names) - 1) if abs(value) >= base else 0
-    suffix = {"reqps": "/s", "ops": "/s"}.get(unit, "")
-    return f"{value / base**power:.4g} {names[power]}{suffix}".strip()
-
-
-def newest(series: Series) -> float:
-    """The last value there is."""
-    known = series.values[~np.isnan(series.values)]
-    return float(known[-1]) if len(known) else math.nan
-
-
-def draw_lines(axes: Axes, panel: Json, source: Source) -> None:
-    """Lines, or areas one upon the other."""
-    series = [each for target in panel["targets"] for each in source.ask(target)]
-    defaults = panel["fieldConfig"]["defaults"]
-    if defaults["custom"]["stacking"]["mode"] == "normal":
-        axes.stackplot(source.times, *(np.nan_to_num(each.values) for each in series), alpha=0.6)
-    else:
-        for each in series:
-            axes.plot(source.times, each.values, linewidth=1)
-    axes.margins(y=0.08)
-    axes.set_ylim(bottom=0, top=defaults.get("max"))
-    axes.yaxis.set_major_formatter(lambda value, _: show(value, defaults["unit"]))
-    handles = axes.collections or axes.lines
-    if len(series) <= 8:
-        axes.legend(handles, [each.name for each in series], fontsize=SMALL - 1, framealpha=0.6)
-    axes.set_xlabel("s", fontsize=SMALL)
-
-
-def draw_number(axes: Axes, panel: Json, source: Source) -> None:
-    """The newest value, on the colour of the step it has reached."""
-    (target,) = panel["targets"]
-    found = source.ask(target)
-    value = newest(found[0]) if found else math.nan
-    defaults = panel["fieldConfig"]["defaults"]
-    colour = "green"
-    for step in defaults["thresholds"]["steps"]:
-        if step["value"] is not None and value >= step["value"]:
-            colour = step["color"]
-    axes.set_facecolor({"green": "#d5f0d9", "yellow": "#fdf0c2", "red": "#f8d0cf"}[colour])
-    axes.text(0.5, 0.45, show(value, defaults["unit"]), ha="center", va="center", fontsize=15, transform=axes.transAxes)
-    axes.set(xticks=[], yticks=[])
-
-
-def draw_heat(axes: Axes, panel: Json, source: Source) -> None:
-    """Series as rows; cumulative buckets as their differences."""
-    (target,) = panel["targets"]
-    series = source.ask(target)
-    if target["format"] == "heatmap":
-        series.sort(key=lambda each: float(each.labels["le"]))
-    grid = np.array([each.values for each in series])
-    if target["format"] == "heatmap":
-        grid = np.diff(grid, axis=0, prepend=0)
-    mesh = axes.pcolormesh(source.times, np.arange(len(series)), grid, shading="nearest", cmap="viridis")
-    axes.figure.colorbar(mesh, ax=axes, pad=0.01).ax.tick_params(labelsize=SMALL - 1)
-    shown = range(0, len(series), max(1, len(series) // 10))
-    axes.set_yticks(list(shown), [series[index].name for index in shown])
-    axes.set_ylabel(panel["options"]["yAxis"]["axisLabel"], fontsize=SMALL)
-
-
-def draw_bars(axes: Axes, panel: Json, source: Source) -> None:
-    """The newest value of every series."""
-    (target,) = panel["targets"]
-    series = source.ask(target)
-    axes.bar([each.name for each in series], [newest(each) for each in series])
-    axes.tick_params(axis="x", rotation=90)
-
-
-def draw_table(axes: Axes, panel: Json, source: Source) -> None:
-    """A line for each instance."""
-    columns = panel["transformations"][1]["options"]["renameByName"]
-    hidden = panel["transformations"][1]["options"]["excludeByName"]
-    units = {each["matcher"]["options"]: each["properties"][0]["value"] for each in panel["fieldConfig"]["overrides"]}
-    rows: dict[str, dict[str, str]] = {}
-    for target in panel["targets"]:
-        column = f"Value #{target['refId']}"
-        for series in source.ask(target):
-            line = rows.setdefault(series.labels["instance"], {})
-            if column in hidden:
-                line |= {name: text for name, text in series.labels.items() if name not in ("instance", *hidden)}
-            else:
-                line[columns[column]] = show(newest(series), units[columns[column]])
-    headings = list(dict.fromkeys(name for line in rows.values() for name in line))
-    cells = [[name, *(line.get(heading, "") for heading in headings)] for name, line in sorted(rows.items())]
-    axes.axis("off")
-    if cells:
-        shown = axes.table(cells, colLabels=["instance", *headings], loc="upper center")
-        shown.auto_set_font_size(False)
-        shown.set_fontsize(SMALL - 1)
-
-
-DRAWN: dict[str, Callable[[Axes, Json, Source], None]] = {
-    "timeseries": draw_lines,
-    "stat": draw_number,
-    "heatmap": draw_heat,
-    "bargauge": draw_bars,
-    "table": draw_table,
-}
+def inside(panel: Json, card: Box) -> Box:
+    """Where a panel's axes lie in its card: left, bottom, width, height."""
+    left, bottom, width, height = card
+    match panel["type"]:
+        case "stat" | "table":
+            margins = (PADDING, PADDING, PADDING)
+        case "heatmap":
+            margins = (LEFT, TICKS + PADDING, SCALE)
+        case "bargauge":
+            margins = (LEFT, TICKS + PADDING, RIGHT)
+        case _:
+            margins = (LEFT, TICKS + LEGEND, RIGHT)
+    before, under, after = margins
+    return left + before, bottom + under, width - before - after, height - under - TITLE
 
 
 def draw(board: Json, source: Source, output: Path) -> None:
     """All panels of a dashboard into one picture."""
-    places = [panel["gridPos"] for panel in board["panels"]]
-    lines = max(place["y"] + place["h"] for place in places) + 2
-    figure = Figure(figsize=(24 * COLUMN, lines * LINE), dpi=100)
-    figure.suptitle(board["title"], fontsize=14, y=1 - 0.6 / lines)
+    width = 24 * COLUMN
+    height = LINE * (2 + max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in board["panels"]))
+    figure = Figure(figsize=(width, height), dpi=100, facecolor=PAPER)
+    figure.text(PADDING / width, 1 - 0.3 / height, board["title"], fontsize=13, weight="bold", color=INK, va="center")
+
+    def part(box: Box) -> Box:
+        return box[0] / width, box[1] / height, box[2] / width, box[3] / height
+
     for panel in board["panels"]:
         place = panel["gridPos"]
-        left, width = place["x"] / 24, place["w"] / 24
-        top, height = (place["y"] + 2) / lines, place["h"] / lines
+        left, wide, high = place["x"] * COLUMN, place["w"] * COLUMN, place["h"] * LINE
+        bottom = height - (place["y"] + 2) * LINE - high
         if panel["type"] == "row":
-            figure.text(0.01, 1 - top - 0.7 / lines, panel["title"], fontsize=11, weight="bold")
+            where = (PADDING / width, (bottom + high / 2) / height)
+            figure.text(*where, panel["title"], fontsize=10, weight="bold", color=INK, va="center")
             continue
-        axes = figure.add_axes((left + 0.04, 1 - top - height + 1.3 / lines, width - 0.05, height - 2.4 / lines))
-        axes.set_title(panel["title"], fontsize=SMALL + 1)
-        axes.tick_params(labelsize=SMALL - 1)
+        card = (left + GAP, bottom + GAP, wide - 2 * GAP, high - 2 * GAP)
+        x, y, w, h = part(card)
+        figure.add_artist(Rectangle((x, y), w, h, facecolor=CARD, edgecolor=EDGE, linewidth=0.8, zorder=-1))
+        # A number's panel is too narrow for its title in one line.
+        heading = panel["title"].replace(": ", ":\n") if panel["type"] == "stat" else panel["title"]
+        where = (x + PADDING / width, y + h - TITLE / 2 / height)
+        figure.text(*where, heading, fontsize=TEXT, weight="bold", color=INK, va="center")
+        axes = figure.add_axes(part(inside(panel, card)), facecolor=CARD)
+        axes.spines[:].set_visible(False)
+        axes.grid(visible=True, color=EDGE, linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.tick_params(labelsize=SMALL, length=0, labelcolor=FAINT, pad=5)
         DRAWN[panel["type"]](axes, panel, source)
-    figure.savefig(output)
+    figure.savefig(output, facecolor=PAPER)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,44 +1,43 @@
-"""Instances: replica beside replica."""
+"""Instances: engine beside engine, be they instances of their own or one fleet's."""
 
 from __future__ import annotations
 
-from expressions import of, rate
+from expressions import ENGINE, by_engine, of, rate
 from panels import Json, dashboard, row, table, timeseries
 
-# How Grafana tells apart the columns of several queries that have one name.
-REPEATED = ("", *(f" {number}" for number in range(1, 9)))
+# A fleet's door answers as one instance, and says which engines answer it.
+UP = f"({of('up')} unless on (job, instance) {of('trimkv_replica_info')}) or {of('trimkv_replica_info')}"
+MODEL = ("model", "gates", "backend", "dtype", "device", "max_model_len", "kv_budget")
 
 
 def instances() -> Json:
     """The dashboard."""
 
     def each(title: str, expression: str, text: str, *, unit: str = "short", largest: float | None = None) -> Json:
-        return timeseries(title, [(expression, "{{instance}}")], text, unit=unit, largest=largest)
+        return timeseries(title, [(expression, ENGINE)], text, unit=unit, largest=largest)
 
     return dashboard(
         "trimkv-instances",
         "TrimKV · Instances",
-        "Replica beside replica: which one is different.",
+        "Engine beside engine: which one is different.",
         [
             row("Now"),
             table(
-                "Replicas",
+                "Engines",
                 {
-                    "Up": (of("up"), "bool_yes_no"),
-                    "Model": (of("trimkv_model_info"), "short"),
-                    "Running": (of("trimkv_num_requests_running"), "short"),
-                    "Waiting": (of("trimkv_num_requests_waiting"), "short"),
-                    "Pages used": (of("trimkv_kv_cache_usage_perc"), "percentunit"),
-                    "Pages promised": (of("instance:trimkv_kv_pages_reserved:ratio"), "percentunit"),
-                    "Step age": (of("trimkv_engine_last_step_age_seconds"), "s"),
-                    "Pools rebuilt": (of("trimkv_engine_restarts_total"), "short"),
+                    "Up": (by_engine(UP), "bool_yes_no"),
+                    "Running": (by_engine(of("trimkv_num_requests_running")), "short"),
+                    "Waiting": (by_engine(of("trimkv_num_requests_waiting")), "short"),
+                    "Pages used": (by_engine(of("trimkv_kv_cache_usage_perc")), "percentunit"),
+                    "Pages promised": (by_engine(of("instance:trimkv_kv_pages_reserved:ratio")), "percentunit"),
+                    "Step age": (by_engine(of("trimkv_engine_last_step_age_seconds")), "s"),
+                    "Pools rebuilt": (by_engine(of("trimkv_engine_restarts_total")), "short"),
+                    "What it serves": (by_engine(of("trimkv_model_info"), *MODEL), None),
                 },
-                "What each replica serves, on what, and how it is.",
-                key="instance",
-                hidden=[
-                    "Value #B",
-                    *(f"{name}{number}" for name in ("Time", "job", "__name__") for number in REPEATED),
-                ],
+                "How each is, what it serves, and on what.",
+                key="engine",
+                name="Engine",
+                labels=MODEL,
             ),
             row("Traffic"),
             each("Requests ended", of("instance:trimkv_requests:rate5m"), "Over five minutes.", unit="reqps"),
@@ -48,8 +47,8 @@ def instances() -> Json:
             each("Waiting", of("trimkv_num_requests_waiting"), "Requests in the queue."),
             each(
                 "Turned away",
-                f"sum by (instance) ({rate('trimkv_admission_rejections_total')})",
-                "For any reason, each second.",
+                f"sum by (instance, replica) ({rate('trimkv_admission_rejections_total')})",
+                "For any reason, each second. A fleet's door turns away, its engines do not.",
                 unit="reqps",
             ),
             row("Latency"),
@@ -79,12 +78,17 @@ def instances() -> Json:
                 unit="percentunit",
                 largest=1,
             ),
-            each("Step age", of("trimkv_engine_last_step_age_seconds"), "Of the running step; 0 while idle.", unit="s"),
+            each(
+                "Step age",
+                f"{of('trimkv_engine_last_step_age_seconds')} or {of('trimkv_fleet_figures_age_seconds')}",
+                "Of the running step; 0 while idle. Of a fleet's door: since all engines last told their figures.",
+                unit="s",
+            ),
             each(
                 "Restarts",
-                f"resets({of('trimkv_generation_tokens_total')}[1h])"
-                f" + on (job, instance) increase({of('trimkv_engine_restarts_total')}[1h])",
-                "Processes started anew and pools rebuilt, within the last hour.",
+                f"sum by (instance, replica) (resets({of('trimkv_generation_tokens_total')}[1h])"
+                f" + increase({of('trimkv_engine_restarts_total')}[1h]))",
+                "Processes started anew and pools rebuilt, within an hour. A fleet starts engines under new names.",
             ),
         ],
     )

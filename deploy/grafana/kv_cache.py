@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from expressions import of, quantiles, rate
+from expressions import ENGINE, of, quantiles, rate
 from panels import Json, bars, dashboard, heatmap, row, timeseries
 
 
@@ -28,7 +28,7 @@ def kv_cache() -> Json:
                     (f"max({of('instance:trimkv_kv_pages_reserved:ratio')})", "promised"),
                     (f"max({of('trimkv_kv_cache_usage_perc')})", "used"),
                 ],
-                "Of the fullest replica.",
+                "Of the fullest engine.",
                 unit="percentunit",
                 largest=1,
             ),
@@ -50,15 +50,13 @@ def kv_cache() -> Json:
             ),
             timeseries(
                 "Budget utilisation",
-                [
-                    (of("instance:trimkv_kv_budget:utilisation"), "{{instance}}"),
-                ],
+                [(of("instance:trimkv_kv_budget:utilisation"), ENGINE)],
                 "Entries held, of the budgets of all that runs. Over 100 % between evictions and with dense requests.",
                 unit="percentunit",
             ),
             timeseries(
                 "Fragmentation",
-                [(of("instance:trimkv_kv_fragmentation:ratio"), "{{instance}}")],
+                [(of("instance:trimkv_kv_fragmentation:ratio"), ENGINE)],
                 "Room in used pages that holds no entry: the last page of each stream is partly empty.",
                 unit="percentunit",
                 largest=1,

@@ -20,7 +20,7 @@ def overview() -> Json:
             stat(
                 "Memory: pages promised",
                 f"max({of('instance:trimkv_kv_pages_reserved:ratio')})",
-                "Of the fullest replica. Nothing more is admitted at 100 %.",
+                "Of the fullest engine. Nothing more is admitted at 100 %.",
                 unit="percentunit",
                 steps=((0.8, "yellow"), (0.9, "red")),
             ),
@@ -33,14 +33,14 @@ def overview() -> Json:
             stat(
                 "Latency: first token, p95",
                 'job:trimkv_time_to_first_token_seconds:p95_5m{job="$job"}',
-                "Over five minutes and all replicas, from arrival.",
+                "Over five minutes and all engines, from arrival.",
                 unit="s",
                 steps=SLOW,
             ),
             stat(
                 "Latency: between tokens, p95",
                 'job:trimkv_inter_token_latency_seconds:p95_5m{job="$job"}',
-                "Over five minutes and all replicas.",
+                "Over five minutes and all engines.",
                 unit="s",
                 steps=((0.5, "yellow"), (1, "red")),
             ),
@@ -102,7 +102,7 @@ def overview() -> Json:
                     (f"sum({of('trimkv_num_requests_running')})", "running"),
                     (f"sum({of('trimkv_num_requests_waiting')})", "waiting"),
                 ],
-                "Requests, all replicas together.",
+                "Requests, all engines together.",
             ),
             timeseries(
                 "Why they wait",

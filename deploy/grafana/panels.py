@@ -13,6 +13,8 @@ Json = dict[str, Any]
 DATASOURCE = {"type": "prometheus", "uid": "trimkv-prometheus"}
 COLUMNS = 24
 HEIGHT = 8
+NOTHING = "–"
+_NEWEST = {"calcs": ["lastNotNull"], "fields": "", "values": False}
 
 # A query and the name its series get, in Grafana's words: {{label}}.
 Query = tuple[str, str]
@@ -57,17 +59,22 @@ def timeseries(
 def stat(
     title: str, query: str, text: str, *, unit: str = "short", steps: Sequence[tuple[float, str]] = (), width: int = 3
 ) -> Json:
-    """One number, coloured by the `steps` it has reached: pairs of a value and a colour."""
+    """The number of this moment, coloured by the `steps` it has reached: pairs of a value and a colour.
+
+    Asked for at one time: the last number of a span would be an old one where there is none now.
+    """
     thresholds = [{"value": None, "color": "green"}, *({"value": value, "color": colour} for value, colour in steps)]
-    defaults = {"unit": unit, "thresholds": {"mode": "absolute", "steps": thresholds}, "noValue": "–"}
-    options = {
-        "reduceOptions": {"calcs": ["lastNotNull"], "fields": "", "values": False},
-        "colorMode": "background" if steps else "value",
-        "graphMode": "area",
+    # Of nothing, such as the errors of no requests.
+    nothing = {"type": "special", "options": {"match": "null+nan", "result": {"text": NOTHING, "color": "green"}}}
+    defaults = {
+        "unit": unit,
+        "thresholds": {"mode": "absolute", "steps": thresholds},
+        "mappings": [nothing],
+        "noValue": NOTHING,
     }
-    return _panel(
-        "stat", title, text, _targets([(query, "")]), defaults=defaults, options=options, width=width, height=4
-    )
+    options = {"reduceOptions": _NEWEST, "colorMode": "background", "graphMode": "none"}
+    targets = _targets([(query, "")], is_instant=True)
+    return _panel("stat", title, text, targets, defaults=defaults, options=options, width=width, height=4)
 
 
 def heatmap(
@@ -95,14 +102,14 @@ def heatmap(
 
 
 def bars(title: str, query: Query, text: str, *, unit: str = "short", width: int = 12) -> Json:
-    """The newest value of every series, as bars."""
+    """The value of every series at this moment, as bars."""
     options = {
         "orientation": "vertical",
         "displayMode": "gradient",
-        "reduceOptions": {"calcs": ["lastNotNull"], "fields": "", "values": False},
+        "reduceOptions": _NEWEST,
         "showUnfilled": False,
     }
-    targets = _targets([query])
+    targets = _targets([query], is_instant=True)
     return _panel(
         "bargauge",
         title,
@@ -115,22 +122,37 @@ def bars(title: str, query: Query, text: str, *, unit: str = "short", width: int
     )
 
 
-def table(title: str, queries: Mapping[str, tuple[str, str]], text: str, *, key: str, hidden: Sequence[str]) -> Json:
-    """One line for each value of the label `key`.
+def table(
+    title: str,
+    queries: Mapping[str, tuple[str, str | None]],
+    text: str,
+    *,
+    key: str,
+    name: str,
+    labels: Sequence[str],
+) -> Json:
+    """One line for each value of the label `key`, which every answer has.
 
     Args:
-        queries: by column heading, the query and its unit.
-        hidden: labels that are not shown.
+        queries: by heading, the query and its unit; without a unit its labels are wanted, and its value is hidden.
+        name: heading of the column of `key`.
+        labels: columns after those of the values.
     """
-    targets, overrides, names = [], [], {}
+    targets, overrides, names = [], [], {key: name}
+    # Grafana tells the columns of one name apart by numbers.
+    hidden = ["Time", *(f"Time {number}" for number in range(1, len(queries) + 1))]
     for index, (heading, (query, unit)) in enumerate(queries.items()):
         letter = chr(ord("A") + index)
-        targets += _targets([(query, "")], first=letter)
-        targets[-1] |= {"format": "table", "instant": True, "range": False}
+        targets += _targets([(query, "")], first=letter, is_instant=True)
+        targets[-1]["format"] = "table"
+        if unit is None:
+            hidden.append(f"Value #{letter}")
+            continue
         names[f"Value #{letter}"] = heading
         overrides.append(
             {"matcher": {"id": "byName", "options": heading}, "properties": [{"id": "unit", "value": unit}]}
         )
+    order = {column: place for place, column in enumerate((*names, *labels))}
     panel = _panel(
         "table",
         title,
@@ -146,7 +168,11 @@ def table(title: str, queries: Mapping[str, tuple[str, str]], text: str, *, key:
         {"id": "joinByField", "options": {"byField": key, "mode": "outer"}},
         {
             "id": "organize",
-            "options": {"excludeByName": dict.fromkeys(hidden, True), "renameByName": names, "indexByName": {key: 0}},
+            "options": {
+                "excludeByName": dict.fromkeys(hidden, True),
+                "renameByName": names,
+                "indexByName": order,
+            },
         },
     ]
     return panel
@@ -200,15 +226,15 @@ def _variable(name: str, series: str, *, multi: bool) -> Json:
     return variable | {"regex": "/^trimkv/", "current": {"text": "trimkv", "value": "trimkv"}}
 
 
-def _targets(queries: Iterable[Query], *, first: str = "A") -> list[Json]:
+def _targets(queries: Iterable[Query], *, first: str = "A", is_instant: bool = False) -> list[Json]:
     return [
         {
             "refId": chr(ord(first) + index),
             "datasource": DATASOURCE,
             "expr": expression,
             "legendFormat": name or "__auto",
-            "range": True,
-            "instant": False,
+            "range": not is_instant,
+            "instant": is_instant,
         }
         for index, (expression, name) in enumerate(queries)
     ]

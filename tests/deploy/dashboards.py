@@ -9,6 +9,8 @@ from typing import Any
 
 GRAFANA = Path(__file__).parents[2] / "deploy/grafana"
 NAMES = ("overview", "kv-cache", "instances")
+# What the door of a fleet has besides, without the prefix `trimkv_`.
+FLEET_GAUGES = ("replica_info", "fleet_figures_age_seconds")
 
 
 @dataclass(frozen=True, slots=True)

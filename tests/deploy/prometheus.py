@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 import httpx
 import yaml
 
+from tests.deploy.dashboards import Query
 from tests.deploy.debian import program
 from tests.deploy.proxy import free_port
 from tests.service.live import wait_for
@@ -41,8 +43,20 @@ class Prometheus:
         found: list[Any] = self.get("query", query=expression)["result"]
         return found
 
+    def answer(self, query: Query, *, start: float, end: float) -> list[Any]:
+        """The series of a panel's query, as Grafana asks for them."""
+        if query.is_instant:
+            return self.now(query.expression)
+        return self.range(query.expression, start=start, end=end)
+
     def rules(self) -> list[dict[str, Any]]:
         return [rule for group in self.get("rules")["groups"] for rule in group["rules"]]
+
+
+def has_values(series: list[Any]) -> bool:
+    """Whether any sample of any series is a number."""
+    samples = [sample for each in series for sample in each.get("values") or [each["value"]]]
+    return any(not math.isnan(float(value)) for _, value in samples)
 
 
 @contextlib.contextmanager

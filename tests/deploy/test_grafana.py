@@ -11,17 +11,22 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.deploy.dashboards import GRAFANA, NAMES, load, queries
+from tests.deploy.dashboards import FLEET_GAUGES, GRAFANA, NAMES, load, queries
 from tests.service.contract import COUNTERS, GAUGES, HISTOGRAMS
 
 KNOWN = {f"trimkv_{name}" for name in (*GAUGES, *COUNTERS)}
+KNOWN |= {f"trimkv_{name}" for name in FLEET_GAUGES}
 KNOWN |= {f"trimkv_{name}_{part}" for name in HISTOGRAMS for part in ("bucket", "sum", "count")}
 METRIC = re.compile(r"\b(?:(?:instance|job):)?trimkv_\w+(?::\w+)?")
 
 
-def recorded() -> set[str]:
+def rules() -> list[dict[str, Any]]:
     groups = yaml.safe_load((GRAFANA.parent / "prometheus/rules.yml").read_text(encoding="utf-8"))["groups"]
-    return {rule["record"] for group in groups for rule in group["rules"] if "record" in rule}
+    return [rule for group in groups for rule in group["rules"]]
+
+
+def recorded() -> set[str]:
+    return {rule["record"] for rule in rules() if "record" in rule}
 
 
 def test_the_files_are_what_the_script_makes() -> None:
@@ -82,9 +87,20 @@ def test_dashboards_ask_for_nothing_that_does_not_exist() -> None:
         assert names <= KNOWN | recorded(), str(query)
 
 
+def test_rules_ask_for_nothing_that_does_not_exist() -> None:
+    for rule in rules():
+        assert set(METRIC.findall(rule["expr"])) <= KNOWN | recorded(), rule
+
+
+def test_a_number_is_that_of_this_moment() -> None:
+    """Over a span Grafana shows the last number there was, however long ago."""
+    for panel in (panel for name in NAMES for panel in load(name)["panels"]):
+        if panel["type"] in ("stat", "bargauge", "table"):
+            assert all(target["instant"] and not target["range"] for target in panel["targets"]), panel["title"]
+
+
 def test_every_recorded_series_is_shown_or_watched() -> None:
     shown = " ".join(query.expression for query in queries(rate_interval="1m"))
-    groups = yaml.safe_load((GRAFANA.parent / "prometheus/rules.yml").read_text(encoding="utf-8"))["groups"]
-    watched = " ".join(rule["expr"] for group in groups for rule in group["rules"] if "alert" in rule)
+    watched = " ".join(rule["expr"] for rule in rules() if "alert" in rule)
     for name in recorded():
         assert name in shown or name in watched, name

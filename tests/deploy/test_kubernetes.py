@@ -19,11 +19,13 @@ from tests.deploy.debian import program
 from tests.deploy.helm import CHART, ROOT, helm
 
 GPU = ROOT / "deploy" / "helm" / "examples" / "gpu.yaml"
+SCRAPED = ROOT / "deploy" / "prometheus" / "prometheus.yml"
+RULES = ROOT / "deploy" / "prometheus" / "rules.yml"
 ADAPTER = ROOT / "deploy" / "helm" / "prometheus-adapter.yaml"
 # The oldest that Chart.yaml allows, and the newest whose schemas are installed.
 VERSIONS = ("1.30", "1.37")
 # Of no Kubernetes version: the Prometheus operator brings it.
-CUSTOM = {"ServiceMonitor"}
+CUSTOM = {"ServiceMonitor", "PrometheusRule"}
 # The chart's own, or said elsewhere in its values.
 NOT_SETTINGS = {"host", "port", "config", "drain_timeout"}
 
@@ -65,6 +67,7 @@ EVERYTHING = [
     *("--set-json", 'affinity={"nodeAffinity": {}}', "--set", "podAnnotations.a=b", "--set", "podLabels.team=x"),
     *("--set-json", 'networkPolicy.extraEgress=[{"ports": [{"protocol": "TCP", "port": 4318}]}]'),
     *("--set", "service.annotations.a=b", "--set", "serviceAccount.annotations.a=b"),
+    *("--set-file", f"prometheusRule.rules={RULES}", "--set", "prometheusRule.labels.release=prometheus"),
 ]
 
 
@@ -209,6 +212,20 @@ def test_one_selector_finds_the_pods_everywhere() -> None:
     assert selectors[4].items() <= manifests["Service"]["metadata"]["labels"].items()
     target = manifests["HorizontalPodAutoscaler"]["spec"]["scaleTargetRef"]
     assert (target["kind"], target["name"]) == ("Deployment", manifests["Deployment"]["metadata"]["name"])
+
+
+def test_the_operators_prometheus_gets_the_rules_and_names_that_they_know() -> None:
+    manifests = render(*EVERYTHING)
+    shipped = yaml.safe_load(RULES.read_text())
+    assert manifests["PrometheusRule"]["spec"] == shipped
+    assert manifests["PrometheusRule"]["metadata"]["labels"]["release"] == "prometheus"
+    assert "PrometheusRule" not in render()
+    (endpoint,) = manifests["ServiceMonitor"]["spec"]["endpoints"]
+    relabelled = {rule["targetLabel"]: rule for rule in endpoint["relabelings"]}
+    assert relabelled["job"]["replacement"] == yaml.safe_load(SCRAPED.read_text())["scrape_configs"][0]["job_name"]
+    assert relabelled["instance"]["sourceLabels"] == ["__meta_kubernetes_pod_name"]
+    (port,) = manifests["Service"]["spec"]["ports"]
+    assert (endpoint["port"], endpoint["path"]) == (port["name"], "/metrics")
 
 
 def test_the_autoscaler_decides_alone_over_the_number_of_pods() -> None:

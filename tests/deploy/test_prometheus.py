@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import os
 import subprocess
 import sys
@@ -17,7 +16,7 @@ import httpx
 import pytest
 
 from tests.deploy.dashboards import GRAFANA, NAMES, queries
-from tests.deploy.prometheus import Prometheus, scraping
+from tests.deploy.prometheus import Prometheus, has_values, scraping
 from tests.service.contract import COUNTERS, GAUGES, HISTOGRAMS
 from tests.service.live import Live, serving, wait_for
 
@@ -53,11 +52,16 @@ async def load(replicas: tuple[Live, Live], seconds: float) -> None:
                 await asyncio.sleep(0.3)
 
     async def leave(client: httpx.AsyncClient, url: str) -> None:
+        """Break a long answer off in its middle, once the queue has room for it."""
         messages = [{"role": "user", "content": "Tell me about rivers."}]
-        leaving = asyncio.create_task(one(client, url, messages=messages, max_tokens=2000, kv_budget=16))
-        await asyncio.sleep(seconds / 4)
-        leaving.cancel()
-        await asyncio.gather(leaving, return_exceptions=True)
+        while time.monotonic() < until:
+            leaving = asyncio.create_task(one(client, url, messages=messages, max_tokens=2000, kv_budget=16))
+            ended, _ = await asyncio.wait([leaving], timeout=seconds / 4)
+            if not ended:
+                leaving.cancel()
+                await asyncio.gather(leaving, return_exceptions=True)
+                return
+            await asyncio.sleep(0.3)
 
     async with httpx.AsyncClient(timeout=300) as client:
         work = [chat(client, live.url, number) for live in replicas for number in range(6)]
@@ -79,12 +83,6 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
         asyncio.run(load((one, two), LOAD_SECONDS))
         time.sleep(5)  # two scrapes and an evaluation more
         yield Watched(prometheus, (one, two), start, time.time())
-
-
-def has_values(series: list[Any]) -> bool:
-    """Whether any sample of any series is a number."""
-    samples = [sample for each in series for sample in each.get("values") or [each["value"]]]
-    return any(not math.isnan(float(value)) for _, value in samples)
 
 
 def test_every_metric_of_the_contract_was_scraped(watched: Watched) -> None:
@@ -133,11 +131,7 @@ def test_a_load_that_the_service_bears_fires_nothing(watched: Watched) -> None:
 def test_every_panels_query_has_an_answer(watched: Watched) -> None:
     empty = []
     for query in queries(rate_interval=RATE_INTERVAL):
-        if query.is_instant:
-            found = watched.prometheus.now(query.expression)
-        else:
-            found = watched.prometheus.range(query.expression, start=watched.start, end=watched.end)
-        if not has_values(found):
+        if not has_values(watched.prometheus.answer(query, start=watched.start, end=watched.end)):
             empty.append(str(query))
     assert not empty, "\n".join(empty)
 
