@@ -199,13 +199,15 @@ class SequenceTable:
         stop = start + int(lengths[stream])
         return self.pool.position.view(-1)[slots[start:stop]].sort().values
 
-    def stream_positions(self, row: int) -> Tensor:
-        """Logical positions that all streams hold, int32 [E]: stream after stream, in no order within one.
+    def page_positions(self, row: int) -> Tensor:
+        """Logical positions in the pages of a row, page by page, stream after stream: int32 [≥ P, B].
 
-        Where streams begin follows from `lengths_of`. Nothing here waits for the device.
+        What lies behind the end of a stream, which `lengths_of` tells, means nothing, nor do rows behind all pages:
+        only the device may know how many those are. Nothing here waits for it.
         """
-        slots, _ = self._slots_of(row)
-        return self.pool.position.view(-1)[slots]
+        geometry, start = self.geometry, self.page_lists.start(row)
+        most = (self._rows[row].held + geometry.streams * (geometry.block_size - 1)) // geometry.block_size
+        return self.pool.position[self.page_lists.arena[start : start + most].long()]
 
     def is_due(self, row: int, budget: Budget, *, before: int) -> bool:
         """Whether an eviction point reached now evicts; `before`: tokens seen at the one before."""

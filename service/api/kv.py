@@ -1,6 +1,7 @@
 """`GET /v1/kv`: the page pool and every running request; `GET /v1/kv/{request_id}`: one request, stream by stream.
 
-Both as they were between two steps. Knows no text: neither says what a prompt is.
+Both as they were between two steps. Knows no text: neither says what a prompt is. But whoever may ask learns of every
+request, whoever sent it, how long it is and what its cache does.
 """
 
 from __future__ import annotations
@@ -179,7 +180,7 @@ async def _look(context: ApiContext, request_id: str, choice: StreamChoice | Non
     if detail is None:
         raise ApiError(
             HTTPStatus.NOT_FOUND,
-            f"The request {show(request_id)} is not known: no such id, or it ended more than a minute ago.",
+            f"The request {show(request_id)} is not known: none with this id runs, or ended a minute ago at most.",
             param="request_id",
             code="request_not_found",
         )

@@ -1,6 +1,6 @@
 """`GET /`: a page to chat in and to watch the cache while it answers.
 
-Owns three static files, read once, and the headers that let them load nothing from anywhere else. Knows no model: the
+Owns its static files, read once, and the headers that let them load nothing from anywhere else. Knows no model: the
 page asks the API, as any client does, and sends the key that a person enters.
 """
 
@@ -17,10 +17,11 @@ from fastapi import APIRouter, Request, Response
 from service.api.errors import ApiError
 
 FOLDER = Path(__file__).parent.parent / "page"
+START = "index.html"
 MEDIA_TYPES: Mapping[str, str] = {
-    "index.html": "text/html; charset=utf-8",
-    "page.css": "text/css; charset=utf-8",
-    "page.js": "text/javascript; charset=utf-8",
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
 }
 # What an answer says is text to the page, and even if it were not: no script but ours, no address but this one.
 CONTENT_SECURITY_POLICY = (
@@ -36,13 +37,13 @@ class _File:
 
 
 def page_router() -> APIRouter:
-    """The routes of the page and its two companions."""
+    """The routes of the page, its style sheet and its modules."""
     router = APIRouter(include_in_schema=False)
-    files = {name: _read(name) for name in MEDIA_TYPES}
+    files = {path.name: _read(path) for path in FOLDER.iterdir() if path.suffix in MEDIA_TYPES}
 
     @router.api_route("/", methods=["GET", "HEAD"])
     async def get_page(request: Request) -> Response:
-        return _answer(files["index.html"], request)
+        return _answer(files[START], request)
 
     @router.api_route("/page/{name}", methods=["GET", "HEAD"])
     async def get_companion(name: str, request: Request) -> Response:
@@ -53,10 +54,10 @@ def page_router() -> APIRouter:
     return router
 
 
-def _read(name: str) -> _File:
-    body = (FOLDER / name).read_bytes()
+def _read(path: Path) -> _File:
+    body = path.read_bytes()
     headers = {
-        "Content-Type": MEDIA_TYPES[name],
+        "Content-Type": MEDIA_TYPES[path.suffix],
         "ETag": f'"{hashlib.sha256(body).hexdigest()[:16]}"',
         "Cache-Control": "no-cache",
         "Content-Security-Policy": CONTENT_SECURITY_POLICY,

@@ -22,13 +22,11 @@ from service.engine.interface import (
     Failed,
     Finished,
     FinishReason,
-    KvDetail,
     KVUsage,
-    StreamChoice,
     TextDelta,
 )
 from service.engine.mailbox import Dispatcher
-from service.engine.pictures import CachePictures
+from service.engine.pictures import CachePicture, CachePictures
 from service.engine.request import RequestState
 from service.engine.runner import Feed, ModelRunner, TokensInFlight
 from service.engine.scheduler import Scheduler, StepPlan
@@ -395,12 +393,12 @@ class EngineCore:
         """The pool, the queue and every running request."""
         return engine_stats(self.runner.table, self.ledger, self.scheduler, restarts=self._restarts)
 
-    def kv_detail(self, request_id: str, positions: StreamChoice | None) -> KvDetail | None:
-        """One request's cache, stream by stream; None if nothing is known of it."""
+    def picture(self, request_id: str) -> CachePicture | None:
+        """One request's cache, as it is or was at its end; None if nothing is known of it."""
         state = self._requests.get(request_id)
         if state is None:
-            return self._pictures.of_ended(request_id, positions)
-        return self._pictures.of_running(state, self.runner.table, positions)
+            return self._pictures.of_ended(request_id)
+        return self._pictures.of_running(state, self.runner.table)
 
 
 def _feed_of(state: RequestState, tokens: int) -> Feed:

@@ -34,6 +34,7 @@ from service.engine.interface import (
 )
 from service.engine.loader import LoadedEngine, load_engine
 from service.engine.mailbox import Dispatcher, Mailbox
+from service.engine.pictures import CachePicture
 from service.engine.request import RequestState
 from service.generation.sampler import SamplingState
 from service.generation.stopping import AnswerStream
@@ -150,10 +151,11 @@ class EngineWorker:
         """One request's cache, stream by stream, taken between two steps; None if nothing is known of it."""
         if self._state is EngineState.FAILED or self._core is None:
             return None
-        answer: Future[KvDetail | None] = Future()
-        self._commands.put(lambda core: _settle(answer, lambda: core.kv_detail(request_id, positions)))
+        answer: Future[CachePicture | None] = Future()
+        self._commands.put(lambda core: _settle(answer, lambda: core.picture(request_id)))
         async with asyncio.timeout(_DETAIL_TIMEOUT_SECONDS):
-            return await asyncio.wrap_future(answer)
+            picture = await asyncio.wrap_future(answer)
+        return None if picture is None else await asyncio.to_thread(picture.develop, positions)
 
     async def drain(self, timeout_seconds: float) -> None:
         """Take no more requests, let the running ones end, abort the rest, stop the worker."""

@@ -66,6 +66,7 @@ def engine(request: pytest.FixtureRequest, loaded: LoadedEngine) -> Engine:
         loaded = dataclasses.replace(loaded, _backend=TritonBackend())
     engine = Engine(loaded._config, loaded)
     engine.core.ledger.reserved = 0
+    assert (engine.core.runner.ahead is not None) is (request.param == "runs ahead")
     return engine
 
 
@@ -82,9 +83,9 @@ def prompt(length: int = 40) -> list[int]:
 
 
 def look(engine: Engine, answer: Answer, choice: StreamChoice | None = None) -> KvDetail:
-    detail = engine.core.kv_detail(answer.state.request.request_id, choice)
-    assert detail is not None
-    return detail
+    picture = engine.core.picture(answer.state.request.request_id)
+    assert picture is not None
+    return picture.develop(choice)
 
 
 def step(engine: Engine, times: int) -> None:
@@ -142,7 +143,7 @@ def test_one_stream_can_be_asked_for(engine: Engine) -> None:
 def test_a_dense_cache_is_shown_without_being_read(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     answer = engine.submit(prompt(), Budget.dense(), max_tokens=20)
     step(engine, 6)
-    monkeypatch.setattr(engine.core.runner.table, "stream_positions", lambda _row: 1 / 0)
+    monkeypatch.setattr(engine.core.runner.table, "page_positions", lambda _row: 1 / 0)
     detail = look(engine, answer, StreamChoice(layer=0, head=0))
     seen = detail.request.seen_tokens
     assert detail.token_streams == (engine.core.runner.table.geometry.streams,) * seen
@@ -185,8 +186,8 @@ def test_what_ended_long_ago_is_forgotten(engine: Engine, monkeypatch: pytest.Mo
     answer = engine.submit(prompt(), SMALL, max_tokens=2)
     engine.run()
     monkeypatch.setattr(pictures, "ENDED_SECONDS", -1.0)
-    assert engine.core.kv_detail(answer.state.request.request_id, None) is None
-    assert engine.core.kv_detail("chatcmpl-never", None) is None
+    assert engine.core.picture(answer.state.request.request_id) is None
+    assert engine.core.picture("chatcmpl-never") is None
 
 
 def test_ended_requests_are_kept_within_bounds(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +196,7 @@ def test_ended_requests_are_kept_within_bounds(engine: Engine, monkeypatch: pyte
     for _ in range(3):
         answers.append(engine.submit(prompt(), SMALL, max_tokens=2))
         engine.run()
-    assert engine.core.kv_detail(answers[0].state.request.request_id, None) is None
+    assert engine.core.picture(answers[0].state.request.request_id) is None
     assert look(engine, answers[1]).token_streams is not None
     monkeypatch.setattr(pictures, "MAX_ENDED_BYTES", 0)
     last = engine.submit(prompt(), SMALL, max_tokens=2)
@@ -260,6 +261,33 @@ def test_looking_changes_nothing(engine: Engine) -> None:
     assert watched.token_ids == alone.token_ids
     assert watched.finished.kv == alone.finished.kv
     engine.core.runner.table.check_invariants()
+
+
+def test_no_picture_is_taken_of_a_running_request_that_nobody_looks_at(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[str] = []
+    take = pictures._take
+    monkeypatch.setattr(pictures, "_take", lambda state, table: (taken.append("one"), take(state, table))[1])
+    answer = engine.submit(prompt(), SMALL, max_tokens=20)
+    step(engine, 12)
+    assert taken == []
+    engine.abort(answer)
+    assert taken == ["one"]
+
+
+def test_a_picture_for_which_there_is_no_memory_costs_no_request(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_row: int) -> torch.Tensor:
+        raise torch.OutOfMemoryError("none left")
+
+    monkeypatch.setattr(engine.core.runner.table, "page_positions", refuse)
+    answer = engine.submit(prompt(), SMALL, max_tokens=6)
+    engine.run()
+    assert answer.finished.completion_tokens == 6
+    assert engine.core.picture(answer.state.request.request_id) is None
+    assert engine.core.runner.table.open_rows == ()
 
 
 # ---- over HTTP ---------------------------------------------------------------------------------------------------
