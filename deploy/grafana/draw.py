@@ -8,6 +8,7 @@ For a machine without Grafana. Needs matplotlib and httpx, which `pip install '.
 from __future__ import annotations
 
 import argparse
+import io
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from drawers import DRAWN, EDGE, FAINT, INK, LEFT, LEGEND, PADDING, SMALL, TEXT,
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from panels import Json
+from PIL import Image
 
 # Inches of one column and of one line of Grafana's grid, and of what is around a panel's drawing.
 COLUMN, LINE = 0.5, 0.27
@@ -64,17 +66,21 @@ def draw(board: Json, source: Source, output: Path) -> None:
         card = (left + GAP, bottom + GAP, wide - 2 * GAP, high - 2 * GAP)
         x, y, w, h = part(card)
         figure.add_artist(Rectangle((x, y), w, h, facecolor=CARD, edgecolor=EDGE, linewidth=0.8, zorder=-1))
-        # A number's panel is too narrow for its title in one line.
-        heading = panel["title"].replace(": ", ":\n") if panel["type"] == "stat" else panel["title"]
+        heading, size = panel["title"], TEXT
+        if panel["type"] == "stat":  # too narrow for one line
+            heading, size = heading.replace(": ", ":\n"), SMALL
         where = (x + PADDING / width, y + h - TITLE / 2 / height)
-        figure.text(*where, heading, fontsize=TEXT, weight="bold", color=INK, va="center")
+        figure.text(*where, heading, fontsize=size, weight="bold", color=INK, va="center")
         axes = figure.add_axes(part(inside(panel, card)), facecolor=CARD)
         axes.spines[:].set_visible(False)
         axes.grid(visible=True, color=EDGE, linewidth=0.6)
         axes.set_axisbelow(True)
         axes.tick_params(labelsize=SMALL, length=0, labelcolor=FAINT, pad=5)
         DRAWN[panel["type"]](axes, panel, source)
-    figure.savefig(output, facecolor=PAPER)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", facecolor=PAPER)
+    # A palette makes it half as large.
+    Image.open(drawn).convert("RGB").quantize().save(output, optimize=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

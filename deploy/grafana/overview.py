@@ -81,10 +81,10 @@ def overview() -> Json:
             timeseries(
                 "Turned away and broken off",
                 [
-                    (f"sum by (reason) ({rate('trimkv_admission_rejections_total')})", "turned away: {{reason}}"),
-                    (f"sum by (reason) ({rate('trimkv_requests_aborted_total')})", "broken off: {{reason}}"),
+                    (f"sum by (reason) ({rate('trimkv_admission_rejections_total')})", "{{reason}}"),
+                    (f"sum by (reason) ({rate('trimkv_requests_aborted_total')})", "{{reason}}"),
                 ],
-                "At the door, and after.",
+                "At the door (full queues, what never fits, a drain), and after.",
                 unit="reqps",
             ),
             timeseries(

@@ -102,14 +102,14 @@ def heatmap(
 
 
 def bars(title: str, query: Query, text: str, *, unit: str = "short", width: int = 12) -> Json:
-    """The value of every series at this moment, as bars."""
+    """The newest value of every series, as bars; over a span, since what is asked for at one time comes in no order."""
     options = {
         "orientation": "vertical",
         "displayMode": "gradient",
         "reduceOptions": _NEWEST,
         "showUnfilled": False,
     }
-    targets = _targets([query], is_instant=True)
+    targets = _targets([query])
     return _panel(
         "bargauge",
         title,
