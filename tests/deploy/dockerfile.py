@@ -81,33 +81,41 @@ def reaches_builder(path: str, ignored: str) -> bool:
 
 
 class Builder:
-    """Carries out ARG, ENV, WORKDIR, COPY and RUN of stages in `root`, which stands for the image's `/`."""
+    """Carries out ARG, ENV, WORKDIR, COPY and RUN of stages in `root`, which stands for the image's `/`.
+
+    One folder stands for all stages: a later one finds what any earlier one made.
+    """
 
     def __init__(self, root: Path, context: Path, ignored: str) -> None:
         self.root = root
         self._context = context
         self._ignored = ignored
+        # What a stage built upon another one begins with: that one's working directory and ENV.
+        self._ends: dict[str, tuple[Path, dict[str, str]]] = {}
 
     def inside(self, text: str) -> str:
         """`text` with the image's paths moved into the folder."""
         return IMAGE_PATHS.sub(f"{self.root}/", text)
 
     def build(
-        self, stage: Stage, arguments: Mapping[str, str], after_run: Callable[[str], None] = lambda command: None
+        self,
+        name: str,
+        stage: Stage,
+        *,
+        arguments: Mapping[str, str],
+        after_run: Callable[[str], None] = lambda command: None,
     ) -> None:
-        """Carry `stage` out; `after_run` is called with each command that has been run."""
-        variables: dict[str, str] = {}
-        folder = self.root
+        """Carry out `stage`, called `name`; `after_run` is called with each command that has been run."""
+        folder, inherited = self._ends.get(stage.base, (self.root, {}))
+        variables, asked = dict(inherited), dict[str, str]()
         for instruction in stage.instructions:
             match instruction.keyword:
                 case "ARG":
-                    name, _, default = instruction.value.partition("=")
-                    variables[name] = arguments.get(name, default.strip('"'))
+                    argument, _, default = instruction.value.partition("=")
+                    asked[argument] = arguments.get(argument, default.strip('"'))
                 case "ENV":
-                    variables |= {
-                        name: self.inside(value)
-                        for name, value in (pair.split("=", 1) for pair in shlex.split(instruction.value))
-                    }
+                    pairs = (pair.split("=", 1) for pair in shlex.split(instruction.value))
+                    variables |= {variable: self.inside(value) for variable, value in pairs}
                 case "WORKDIR":
                     folder = Path(self.inside(instruction.value))
                     folder.mkdir(parents=True, exist_ok=True)
@@ -115,16 +123,16 @@ class Builder:
                     self._copy(shlex.split(instruction.value), folder)
                 case "RUN":
                     command = self.inside(MOUNT.sub("", instruction.value))
-                    self._run(command, folder, variables)
+                    self._run(command, folder, asked | variables)
                     after_run(command)
                 case _:
                     raise ValueError(f"the builder knows no {instruction.keyword}")
+        self._ends[name] = folder, variables
 
     def _copy(self, words: list[str], folder: Path) -> None:
         *sources, target = words
         goal = folder / self.inside(target)
         if sources[0].startswith("--from="):
-            # Stages share one folder here: a file of an earlier one is already in it.
             for source in sources[1:]:
                 path = Path(self.inside(source))
                 _copy_file(path, goal / path.name if target.endswith("/") else goal)
