@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -67,7 +68,7 @@ def draw_heat(axes: Axes, panel: Json, source: Source) -> None:
     mesh = axes.pcolormesh(source.times, np.arange(len(series)), grid, shading="nearest", cmap="viridis")
     scale = axes.inset_axes((1.015, 0, 0.02, 1))
     bar = axes.figure.colorbar(mesh, cax=scale)
-    bar.outline.set_visible(False)  # type: ignore[operator]  # typed as what it contains
+    bar.outline.set_visible(False)
     bar.locator = MaxNLocator(4)
     bar.formatter = lambda value, _: show(value, panel["options"]["cellValues"]["unit"])  # type: ignore[assignment]
     bar.update_ticks()
@@ -124,9 +125,9 @@ def set_number_axis(axes: Axes, unit: str, *, largest: float | None = None) -> N
     if not top > 0 or not np.isfinite(top):
         top = 1
     axes.set_ylim(0, top)
-    scale = 1 if unit != "bytes" else BYTES ** int(np.log(top) / np.log(BYTES))
-    rounded = MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(0, top / scale) * scale
-    axes.yaxis.set_major_locator(FixedLocator([value for value in rounded if value <= top]))
+    scale = BYTES ** int(math.log(top, BYTES)) if unit == "bytes" else 1
+    rounded = MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(0, top / scale)
+    axes.yaxis.set_major_locator(FixedLocator([value * scale for value in rounded if value * scale <= top]))
     axes.yaxis.set_major_formatter(lambda value, _: show(value, unit))
 
 

@@ -64,11 +64,11 @@ def scraping(replicas: Sequence[str], folder: Path) -> Iterator[Prometheus]:
     """Start Prometheus on `replicas` (URLs), and stop it.
 
     What differs from the shipped configuration: where the targets come from, which is Docker's DNS there, and that
-    two seconds pass between two scrapes and one between two evaluations.
+    three seconds pass between two scrapes and one between two evaluations. A scrape may wait two for a step's end.
     """
     binary, port = program("prometheus", package=PACKAGE), free_port()
     configuration = yaml.safe_load((SHIPPED / "prometheus.yml").read_text(encoding="utf-8"))
-    configuration["global"] = {"scrape_interval": "2s", "scrape_timeout": "2s", "evaluation_interval": "1s"}
+    configuration["global"] = {"scrape_interval": "3s", "scrape_timeout": "3s", "evaluation_interval": "1s"}
     configuration["rule_files"] = [str(SHIPPED / name) for name in configuration["rule_files"]]
     (service, itself) = configuration["scrape_configs"]
     assert service.pop("dns_sd_configs")

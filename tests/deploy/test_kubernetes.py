@@ -46,10 +46,12 @@ def render(*flags: str) -> Manifests:
 
 
 def pod(manifests: Manifests) -> dict[str, Any]:
-    return manifests["Deployment"]["spec"]["template"]["spec"]
+    found: dict[str, Any] = manifests["Deployment"]["spec"]["template"]["spec"]
+    return found
 
 
 def container(manifests: Manifests) -> dict[str, Any]:
+    only: dict[str, Any]
     (only,) = pod(manifests)["containers"]
     return only
 
@@ -297,5 +299,5 @@ def adapter_rules() -> list[dict[str, Any]]:
 def asked(rule: dict[str, Any]) -> str:
     """The query the adapter makes of a rule for all pods of a namespace."""
     name = rule["seriesQuery"].partition("{")[0]
-    filled = rule["metricsQuery"].replace("<<.Series>>", name).replace("<<.GroupBy>>", "pod")
+    filled: str = rule["metricsQuery"].replace("<<.Series>>", name).replace("<<.GroupBy>>", "pod")
     return filled.replace("<<.LabelMatchers>>", 'namespace="llm",pod=~"a|b"')

@@ -25,8 +25,8 @@ from tests.deploy.proxy import free_port
 from tests.fleet.pretend import INFO, KV, PretendFleet, ToldEngine
 from tests.service.live import wait_for
 
-LOAD_SECONDS = 8
-RATE_INTERVAL = "8s"
+LOAD_SECONDS = 10
+RATE_INTERVAL = "12s"
 
 RUNNING = RequestStats(
     request_id="r",
@@ -133,7 +133,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
             work(door.fleet.replicas[0]._metrics)
             door.metrics.on_rejected(RejectionReason.QUEUE_REQUESTS)
             time.sleep(0.2)
-        time.sleep(2)
+        time.sleep(3)
         yield Watched(prometheus, start, time.time())
 
 
