@@ -15,18 +15,26 @@ from dataclasses import replace
 from typing import Any, cast
 
 from ray import serve
+from ray.exceptions import RayTaskError
 from ray.serve.config import AutoscalingConfig
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import LoggingConfig
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.api.edge import REQUEST_ID_HEADER
 from service.engine.interface import Event, GenerationRequest, KvDetail, ModelInfo, StreamChoice, TooManyPositions
 from service.fleet.calls import EventBatches, ReplicaReport
 from service.fleet.options import DRAIN_MARGIN_SECONDS, FleetOptions, read_arguments
 from service.settings import Settings
 
-# An engine that computes a long step answers when it is over, and only then.
+# While a step takes long, an engine repeats its last figures after a second.
 REPORT_SECONDS = 3.0
 DETAIL_SECONDS = 10.0
+# Each engine keeps to these limits itself, so that one that is late does not cost the answers of the others. What is
+# over them by this much hangs altogether.
+HANGING_SECONDS = 2.0
 HEALTH_CHECK_PERIOD_SECONDS = 5.0
 HEALTH_CHECK_TIMEOUT_SECONDS = 30.0
 # Beside the requests that it computes, an engine is given some that wait: it never idles until the next is sent.
@@ -52,27 +60,31 @@ class RayFleet:
         """What an engine has loaded."""
         return cast(ModelInfo, await self._handle.options(method_name="info").remote())
 
-    async def reports(self, *, with_exposition: bool) -> Sequence[ReplicaReport]:
-        """Of all engines that answer in time."""
-        found = await self._ask_all("report", with_exposition, seconds=REPORT_SECONDS)
+    async def reports(self) -> Sequence[ReplicaReport]:
+        """Of the engines that answer."""
+        found = await self._ask_all("report", seconds=REPORT_SECONDS)
         return [report for report in found if isinstance(report, ReplicaReport)]
 
     async def kv_details(self, request_id: str, positions: StreamChoice | None) -> Sequence[KvDetail]:
         """Of the engine that knows this request."""
         found = await self._ask_all("kv_detail", request_id, positions, seconds=DETAIL_SECONDS)
         details = [detail for detail in found if isinstance(detail, KvDetail)]
-        failures = [failure for failure in found if isinstance(failure, TooManyPositions | TimeoutError)]
-        if not details and failures:
-            raise failures[0]
+        failures = [_cause(failure) for failure in found]
+        known = [failure for failure in failures if isinstance(failure, TooManyPositions | TimeoutError)]
+        if not details and known:
+            raise known[0]
         return details
 
     async def _ask_all(self, method: str, *arguments: object, seconds: float) -> Sequence[object]:
-        """What every engine answers, or raises; an engine that takes too long counts as one that raised."""
+        """What every engine answers, or raises.
+
+        Raises:
+            TimeoutError: one of them hangs.
+        """
         try:
             answers = self._handle.broadcast(method, *arguments, seconds)
-            # Each engine keeps to the limit itself: waiting for all of them would lose the answers of the quick ones.
-            found = await answers.results_async(timeout_s=seconds + 2.0, return_exceptions=True)
-        except (DeploymentUnavailableError, TimeoutError):
+            found = await answers.results_async(timeout_s=seconds + HANGING_SECONDS, return_exceptions=True)
+        except DeploymentUnavailableError:  # there are no engines
             return ()
         return cast("Sequence[object]", found)
 
@@ -109,9 +121,9 @@ class EngineDeployment:
     async def info(self) -> ModelInfo:
         return self._replica.info()
 
-    async def report(self, with_exposition: bool, seconds: float) -> ReplicaReport:
+    async def report(self, seconds: float) -> ReplicaReport:
         async with asyncio.timeout(seconds):
-            return await self._replica.report(with_exposition=with_exposition)
+            return await self._replica.report()
 
     async def kv_detail(self, request_id: str, positions: StreamChoice | None, seconds: float) -> KvDetail | None:
         async with asyncio.timeout(seconds):
@@ -154,7 +166,24 @@ class Door:
             max_queue_tokens=settings.max_queue_tokens,
             prefill_chunk=settings.prefill_chunk,
         )
-        return create_app(settings=settings, engine=engine, metrics=metrics)
+        api = create_app(settings=settings, engine=engine, metrics=metrics)
+        api.add_middleware(OneRequestId)
+        return api
+
+
+class OneRequestId:
+    """Leaves the answer's `X-Request-Id` to Serve's proxy, which handed it in, and would add it a second time."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_without_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                del MutableHeaders(scope=message)[REQUEST_ID_HEADER]
+            await send(message)
+
+        await self._app(scope, receive, send_without_id)
 
 
 def app(arguments: Mapping[str, Any]) -> serve.Application:
@@ -171,6 +200,8 @@ def fleet(options: FleetOptions, settings: Settings) -> serve.Application:
     """The application of a fleet of this size."""
     waiting = max(1, round(WAITING_SHARE * settings.max_num_seqs))
     grace = settings.drain_timeout + DRAIN_MARGIN_SECONDS
+    # Every request has a line of the service's own at its end. Serve's would add one for each probe and each scrape.
+    logging_config = LoggingConfig(enable_access_log=False, encoding=settings.log_format.upper())
     engines = serve.deployment(
         EngineDeployment,
         name="engine",
@@ -185,6 +216,7 @@ def fleet(options: FleetOptions, settings: Settings) -> serve.Application:
         graceful_shutdown_timeout_s=grace,
         health_check_period_s=HEALTH_CHECK_PERIOD_SECONDS,
         health_check_timeout_s=HEALTH_CHECK_TIMEOUT_SECONDS,
+        logging_config=logging_config,
         ray_actor_options={"num_cpus": options.num_cpus, "num_gpus": options.num_gpus},
     ).bind(settings)
     return serve.deployment(
@@ -193,8 +225,14 @@ def fleet(options: FleetOptions, settings: Settings) -> serve.Application:
         num_replicas=1,
         max_ongoing_requests=DOOR_ONGOING_REQUESTS,
         graceful_shutdown_timeout_s=grace,
+        logging_config=logging_config,
         ray_actor_options={"num_cpus": 1},
     ).bind(engines, settings)
+
+
+def _cause(failure: object) -> object:
+    """What an engine raised, without the traceback that Ray makes part of its text."""
+    return failure.cause if isinstance(failure, RayTaskError) else failure
 
 
 def _end_process() -> None:

@@ -28,14 +28,14 @@ class ReplicaReport:
         name: unique in the fleet; the value of the label `replica`.
         host, pid: where its process runs.
         stats: its pool, queue and running requests.
-        exposition: its metrics in Prometheus' text format; empty unless asked for.
+        exposition: its metrics in Prometheus' text format.
     """
 
     name: str
     host: str
     pid: int
     stats: EngineStats
-    exposition: str = ""
+    exposition: str
 
 
 class EventBatches(Protocol):
@@ -64,14 +64,19 @@ class Fleet(Protocol):
         """What an engine has loaded; waits until one has."""
         ...
 
-    async def reports(self, *, with_exposition: bool) -> Sequence[ReplicaReport]:
-        """Of all engines that answer in time."""
+    async def reports(self) -> Sequence[ReplicaReport]:
+        """Of the engines that answer.
+
+        Raises:
+            TimeoutError: one of them hangs, and nobody can tell what the others said.
+        """
         ...
 
     async def kv_details(self, request_id: str, positions: StreamChoice | None) -> Sequence[KvDetail]:
         """Of all engines that know this request, which is one or none.
 
         Raises:
-            TooManyPositions, TimeoutError: as `Engine.kv_detail`, from the engine that knows it.
+            TooManyPositions: as `Engine.kv_detail`, from the engine that knows it.
+            TimeoutError: that engine, or another, takes too long to say.
         """
         ...

@@ -55,6 +55,8 @@ class FleetMetrics(Metrics):
     def _own(self, engine: FleetEngine) -> Iterator[Metric]:
         unanswered = "Requests without a first token, wherever they wait."
         yield GaugeMetricFamily(f"{PREFIX}fleet_requests_unanswered", unanswered, value=engine.unanswered)
+        age = "How old the engines' figures are: more than a few seconds while one of them hangs."
+        yield GaugeMetricFamily(f"{PREFIX}fleet_figures_age_seconds", age, value=engine.figures.age_seconds)
         yield from (family for family in self.registry.collect() if family.name in DOORS_OWN)
 
 

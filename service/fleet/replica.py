@@ -102,12 +102,10 @@ class EngineReplica:
         """What is loaded."""
         return self._engine.info
 
-    async def report(self, *, with_exposition: bool) -> ReplicaReport:
-        """This engine's figures, and its metrics if they are wanted."""
+    async def report(self) -> ReplicaReport:
+        """This engine's figures and metrics."""
         stats = await self._engine.stats()
-        exposition = b""
-        if with_exposition:
-            exposition, _ = await self._metrics.render(self._engine, accept="")
+        exposition, _ = await self._metrics.render(self._engine, accept="")
         return ReplicaReport(
             name=self._name,
             host=socket.gethostname(),

@@ -190,6 +190,7 @@ class PretendFleet:
         self.calls: dict[str, Batches] = {}
         self.arrived: dict[str, float] = {}
         self.times_asked = 0
+        self.hangs = False
 
     async def start(self) -> None:
         for replica in self.replicas:
@@ -204,9 +205,11 @@ class PretendFleet:
     async def info(self) -> ModelInfo:
         return self.replicas[0].info()
 
-    async def reports(self, *, with_exposition: bool) -> Sequence[ReplicaReport]:
+    async def reports(self) -> Sequence[ReplicaReport]:
         self.times_asked += 1
-        return [await replica.report(with_exposition=with_exposition) for replica in self.replicas]
+        if self.hangs:
+            raise TimeoutError
+        return [await replica.report() for replica in self.replicas]
 
     async def kv_details(self, request_id: str, positions: StreamChoice | None) -> Sequence[KvDetail]:
         found = [await replica.kv_detail(request_id, positions) for replica in self.replicas]

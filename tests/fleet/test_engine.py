@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from service.engine.interface import EngineState, Event, Failed, Finished, RejectionReason, SubmitError
+from service.fleet import figures as figures_module
 from service.fleet.engine import LOST, SHUT_DOWN, FleetEngine
 from service.metrics import Metrics
 from tests.fleet.pretend import PretendFleet, ToldEngine, end, request, word
@@ -158,6 +159,27 @@ async def test_the_fleets_figures_are_all_engines_added_up_and_asked_once(door: 
     assert (first.pages_total, first.pages_used, first.waiting, first.restarts) == (2000, 500, 4, 2)
     assert dict(first.waiting_by_reason) == {"capacity": 4}
     assert second == first
+    assert door.fleet.times_asked == 1
+
+
+async def test_an_engine_that_hangs_leaves_the_last_figures_for_a_while(
+    door: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = await door.engine.stats()
+    door.fleet.hangs = True
+    monkeypatch.setattr(figures_module, "MAX_AGE_SECONDS", 0.0)
+    assert await door.engine.stats() == before
+    assert door.engine.figures.age_seconds > 0
+    monkeypatch.setattr(figures_module, "MAX_SILENCE_SECONDS", 0.0)
+    with pytest.raises(SubmitError):
+        await door.engine.stats()
+    door.fleet.hangs = False
+    assert await door.engine.stats() == before
+
+
+async def test_several_who_look_do_not_wait_for_a_hanging_engine_one_after_the_other(door: Door) -> None:
+    door.fleet.hangs = True
+    await asyncio.gather(*(door.engine.figures.reports() for _ in range(5)))
     assert door.fleet.times_asked == 1
 
 

@@ -46,6 +46,7 @@ async def test_a_sum_over_replicas_counts_nothing_twice() -> None:
     assert refused == {"e0": 0, "e1": 0, "door-1": 1}
     assert set(values("trimkv_request_success_total", finished_reason=FinishReason.STOP)) == {"e0", "e1"}
     assert values("trimkv_fleet_requests_unanswered") == {"door-1": 0}
+    assert 0 < values("trimkv_fleet_figures_age_seconds")["door-1"] < 10
 
 
 async def test_engines_are_listed_with_where_they_run() -> None:
