@@ -33,6 +33,9 @@ def _serve(settings: Settings) -> int:
     # costs not its share but ten times that; sleeping at once doubles a decode step. It has to be said before torch
     # loads OpenMP.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    if settings.log_format == "json":
+        # A progress bar is no JSON. Read when huggingface_hub is imported, and by transformers then.
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # Torch takes seconds to import: --help and a bad flag do not wait for it, and a taken port is said first.
     from service.port import PortError, open_port
 

@@ -188,7 +188,7 @@ def test_requests_of_an_engine_that_ends_leave_one_line_each(
         engine.submit([1, 2, 3], Budget(memory_size=4))
         engine.step()
         engine.submit([1, 2, 3], Budget(memory_size=4))
-        engine.submit([1] * 10, Budget.dense(), max_tokens=400)
+        engine.submit([1] * 10, Budget.dense(), max_tokens=70)
         with pytest.raises(EngineBroken):
             engine.step()
     assert reasons(caplog) == [("error", None)] * 3
@@ -240,9 +240,11 @@ def _meet_clients(server: live.Live) -> None:
     httpx.post(**ask("streamed", stream=True))
     httpx.post(**ask("refused", temperature=9))
     with httpx.stream("POST", **ask("left", stream=True, **LONG)) as answer:
-        next(answer.iter_lines())
+        lines = answer.iter_lines()  # one that nobody holds closes the connection
+        next(lines)
+        live.wait_for(lambda: bool(server.kv()["requests"]), "a running request")
         with pytest.raises(httpx.ReadTimeout):
-            httpx.post(**ask("left-waiting") | {"timeout": 1})
+            httpx.post(**ask("left-waiting", priority=1) | {"timeout": 0.5})
         live.wait_for(lambda: not server.kv()["queue"]["requests"], "the waiting request's departure")
     live.wait_for(lambda: not server.kv()["requests"], "the running request's departure")
     for path in ("/health", "/metrics", "/v1/kv", "/v1/models"):

@@ -19,11 +19,9 @@ BODY: dict[str, Any] = {"model": "tiny/model", "messages": MESSAGES}
 
 
 @pytest.fixture(autouse=True)
-def root() -> Iterator[None]:
-    """The log as an operator who wants every line has it; as it was afterwards."""
+def log_as_before() -> Iterator[None]:
     logger = logging.getLogger()
     handlers, level = logger.handlers[:], logger.level
-    setup_logging("debug", log_format="json")
     yield
     logger.handlers[:], logger.level = handlers, level
     logging.captureWarnings(False)
@@ -34,6 +32,7 @@ def root() -> Iterator[None]:
 def test_prompts_and_answers_are_logged_only_if_asked(
     capsys: pytest.CaptureFixture[str], is_asked: bool, is_streaming: bool
 ) -> None:
+    setup_logging("debug", log_format="json")
     engine = ScriptedEngine(say(delta("a most ", 1), finished("secret answer")))
     with serving(engine, metrics=LoggedMetrics(), log_content=is_asked) as address:
         answer = httpx.post(f"{address}{CHAT}", json=BODY | {"stream": is_streaming})
@@ -46,6 +45,7 @@ def test_prompts_and_answers_are_logged_only_if_asked(
         assert line["http_request_id"] == answer.headers["x-request-id"]
         assert "prompts and answers are logged" in said
     else:
+        assert '"path": "/v1/chat/completions", "status": 200' in said
         assert not content
         for secret in ("unheard-of", "a most ", "secret answer"):
             assert secret not in said
@@ -65,13 +65,14 @@ def test_prompts_and_answers_are_logged_only_if_asked(
 def test_a_refusal_does_not_repeat_what_was_asked(
     capsys: pytest.CaptureFixture[str], body: dict[str, Any], is_asked: bool
 ) -> None:
+    setup_logging("debug", log_format="json")
     engine = ScriptedEngine()
     if "user" in body:
         engine.refusal = RuntimeError("never thought of")  # type: ignore[assignment]
     with serving(engine, log_content=is_asked) as address:
         assert httpx.post(f"{address}{CHAT}", json=body).status_code in (400, 500)
     said = capsys.readouterr().err
-    assert said
+    assert '"path": "/v1/chat/completions"' in said
     assert "unheard-of" not in said
 
 
