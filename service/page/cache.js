@@ -59,7 +59,7 @@ export class CachePanel {
     while (this.watched === watched && !watched.isOver) {
       const asked = performance.now();
       await this.look(watched);
-      const pause = Math.max(FASTEST_LOOK_MS, 4 * (performance.now() - asked)) * (document.hidden ? 5 : 1);
+      const pause = Math.max(FASTEST_LOOK_MS, 2 * (performance.now() - asked)) * (document.hidden ? 5 : 1);
       await new Promise((resume) => setTimeout(resume, pause));
     }
   }

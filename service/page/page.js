@@ -12,8 +12,8 @@ const FACTS = [
   "Rivers begin as small streams in hills and mountains.", "Rain and melting snow feed them.",
   "They carve valleys and carry sand to the sea.", "Where they slow down, they drop what they carry.",
 ];
-const LONG_TEXT = Array.from({ length: 40 }, (_, nth) => FACTS[nth % FACTS.length])
-  .toSpliced(17, 0, "The key to the boat house is under the blue stone.")
+const LONG_TEXT = Array.from({ length: 60 }, (_, nth) => FACTS[nth % FACTS.length])
+  .toSpliced(25, 0, "The key to the boat house is under the blue stone.")
   .join(" ");
 const IDEAS = [
   { title: "Tell me how rivers begin and where they end.", about: "A short question, a long answer" },

@@ -7,6 +7,8 @@ import { SMALL, TEXT, View, box, colours } from "./view.js";
 const LINE = 22;
 const TOP = 2;
 const FADE_MS = 260;
+// More than this many in sight are drawn once and not on the way: a fade is worth no slow frame.
+const MAX_FADING = 900;
 // Text of what no stream holds, or is not read yet.
 const PALE = 0.45;
 
@@ -18,7 +20,7 @@ const isStill = matchMedia("(prefers-reduced-motion: reduce)");
 export class TokenView extends View {
   constructor(canvas, scroller, spacer) {
     super(canvas);
-    Object.assign(this, { scroller, spacer, widths: new Map() });
+    Object.assign(this, { scroller, spacer, widths: new Map(), strengths: new Float32Array(0) });
     this.clear();
     scroller.addEventListener("scroll", () => {
       this.top = scroller.scrollTop;
@@ -76,9 +78,10 @@ export class TokenView extends View {
 
   /** `holders`: of `streams` streams, how many hold each of the tokens `seen`; null where that is not known. */
   show(holders, streams, seen) {
-    const before = Float32Array.from(this.strengths ?? [], (_, nth) => this.strengthOf(nth));
-    Object.assign(this, { holders, streams, seen, before });
-    this.strengths = Float32Array.from(holders ?? [], (count) => strength(count / streams));
+    const before = new Float32Array(this.strengths.length), strengths = new Float32Array(holders?.length ?? 0);
+    for (let nth = 0; nth < before.length; nth++) before[nth] = this.strengthOf(nth);
+    for (let nth = 0; nth < strengths.length; nth++) strengths[nth] = strength(holders[nth] / streams);
+    Object.assign(this, { holders, streams, seen, before, strengths });
     this.shownAt = isStill.matches ? -FADE_MS : performance.now();
     this.faded = isStill.matches ? 1 : 0;
     this.describe();
@@ -122,7 +125,7 @@ export class TokenView extends View {
   }
 
   startLines() {
-    Object.assign(this, { x: [], wide: [], line: [], firstOf: [0], place: { x: 0, line: 0 } });
+    Object.assign(this, { x: [], wide: [], line: [], drawn: [], firstOf: [0], place: { x: 0, line: 0 } });
   }
 
   layOutAll() {
@@ -138,6 +141,7 @@ export class TokenView extends View {
     let wide = this.measure(text);
     if (place.x > 0 && place.x + wide > this.width - 8) this.breakLine(nth);
     if (place.x === 0) wide = this.measure(atStart(text));
+    this.drawn[nth] = place.x ? text : atStart(text);
     this.x[nth] = place.x;
     this.wide[nth] = wide;
     this.line[nth] = place.line;
@@ -224,12 +228,12 @@ export class TokenView extends View {
       this.drawPromise(brush);
       return;
     }
-    this.faded = clamp((now - this.shownAt) / FADE_MS, 0, 1);
-    if (this.faded < 1) this.touch();
     brush.font = TEXT;
-    const first = Math.max(Math.floor(this.top / LINE), 0);
+    const first = this.firstOf[Math.max(Math.floor(this.top / LINE), 0)] ?? this.texts.length;
     const end = this.firstOf[Math.ceil((this.top + this.height) / LINE)] ?? this.texts.length;
-    for (let nth = this.firstOf[first] ?? this.texts.length; nth < end; nth++) this.drawToken(brush, nth);
+    this.faded = end - first > MAX_FADING ? 1 : clamp((now - this.shownAt) / FADE_MS, 0, 1);
+    if (this.faded < 1) this.touch();
+    for (let nth = first; nth < end; nth++) this.drawToken(brush, nth);
   }
 
   /** What will be here, before there is anything. */
@@ -259,8 +263,7 @@ export class TokenView extends View {
     const isKnown = nth < this.seen && !this.holders;
     brush.globalAlpha = isKnown ? 1 : PALE + (1 - PALE) * Math.min(strong / 0.2, 1);
     brush.fillStyle = strong > 0.62 ? colours.onheld : colours.ink;
-    const text = shown(this.texts[nth]);
-    brush.fillText(x ? text : atStart(text), x, y + 14, this.width - 12);
+    brush.fillText(this.drawn[nth], x, y + 14, this.width - 12);
     brush.globalAlpha = 1;
     if (nth === this.prompt) {
       brush.fillStyle = colours.mark;

@@ -40,22 +40,22 @@ MAX_BYTES = 100_000
 # Where to keep pictures of the page with the real model, for the README.
 SCREENSHOTS = os.environ.get("TRIMKV_SCREENSHOTS")
 QUESTION = """\
-The harbour of Lindholm lies behind two long walls of granite. Fishing boats leave it before dawn and come back at noon, \
-when the market opens. The lighthouse at its mouth was built in 1854 by Karin Sund, who had studied in Paris. Its lamp \
-burned oil at first, then gas, and since 1931 it has been electric. On clear nights it can be seen from thirty miles away.
+The harbour of Lindholm lies behind two long walls of granite. Fishing boats leave it before dawn and come back at \
+noon, when the market opens. The lighthouse at its mouth was built in 1854 by Karin Sund, who had studied in Paris. \
+Its lamp burned oil at first, then gas, and since 1931 it has been electric. On clear nights it can be seen from \
+thirty miles away.
 
-Behind the harbour the old town climbs a hill. Its houses are narrow and painted yellow, red and blue. The street of the \
-rope makers is the longest: ropes were twisted along it for two hundred years, and it had to be as long as a ship's \
-anchor rope. At its upper end stands the school, and beside it the library, which keeps the logbooks of four hundred \
-ships. Every summer people come from far away to read in them what their grandparents saw.
+Behind the harbour the old town climbs a hill. Its houses are narrow and painted yellow, red and blue. The street of \
+the rope makers is the longest: ropes were twisted along it for two hundred years, and it had to be as long as a \
+ship's anchor rope. At its upper end stands the school, and beside it the library, which keeps the logbooks of four \
+hundred ships. Every summer people come from far away to read in them what their grandparents saw.
 
 Winters are long. The bay freezes in January, and children skate to the islands. The ferry stops then, and letters are \
 carried over the ice by a man with a sledge and two dogs. In March the ice breaks with a sound like thunder, and the \
 whole town comes down to the walls to listen. Then nets are mended, hulls are painted, and the first boat to leave is \
 given a wreath of birch leaves.
 
-Write a story about a girl who lives in this town and finds an old logbook in the library. Tell what she reads in it, \
-and where it leads her."""
+Describe this town to somebody who has never been there: its harbour, its houses and its winters."""
 
 
 class Watched(ScriptedEngine):
@@ -486,7 +486,8 @@ def test_it_stays_smooth_at_8000_tokens(page: Browser, engine: Watched, where: s
     )
     assert gaps[len(gaps) // 2] <= 34, "the median frame took longer than two screen refreshes"
     assert gaps[int(len(gaps) * 0.99)] <= 200, gaps[-10:]
-    assert sum(tasks) <= 300, "a tenth of the time a person was not answered"
+    blocked = sum(task - 50 for task in tasks)
+    assert blocked <= 300, "for a tenth of the time, a person would have noticed that the page is busy"
 
 
 # ---- with the real model -----------------------------------------------------------------------------------------
@@ -513,7 +514,7 @@ def test_tokens_are_shaded_by_what_the_api_says(browser: Browser, real: live.Liv
     assert sum(detail["token_streams"]) == detail["entries_physical"] == sum(map(sum, detail["head_entries"]))
     assert 0 in detail["token_streams"]
     shown = browser.js("trimkv.cache.tokenView.texts.join('')")
-    assert browser.text("article.user") in shown
+    assert browser.text("article.user p") in shown
     assert shown.endswith(browser.js("trimkv.cache.tokenView.texts.slice(trimkv.cache.tokenView.prompt).join('')"))
     assert browser.js("trimkv.cache.tokenView.prompt") == detail["prompt_tokens"]
 
@@ -528,18 +529,20 @@ def test_pictures_of_the_page(browser: Browser, real: live.Live) -> None:
     browser.open(f"{real.url}/")
     browser.wait("document.querySelector('#model').value")
     shoot("page-welcome")
-    browser.js("document.querySelector('#budget').value = trimkv.settings.budgets.indexOf(128)")
+    browser.js("document.querySelector('#budget').value = trimkv.settings.budgets.indexOf(96)")
     browser.js("document.querySelector('#budget').dispatchEvent(new Event('input'))")
+    for field, value in (("max_tokens", 200), ("temperature", 0.2), ("repetition_penalty", 1.1), ("seed", 7)):
+        browser.js(f"document.querySelector('#{field}').value = {value}")
+    browser.js("trimkv.settings.countSampling()")
     ask(browser, QUESTION)
-    browser.wait("trimkv.cache.watched?.detail?.completion_tokens > 150", seconds=240)
+    browser.wait("trimkv.cache.watched?.detail?.completion_tokens > 110", seconds=240)
     shoot("page-light")
     browser.look_like(width=390, height=844, is_dark=False)
     browser.js("document.querySelector('#show-cache').click()")
-    browser.js("document.querySelector('#cache').scrollTop = 1000")
     shoot("page-390")
     browser.js("document.querySelector('#show-chat').click()")
     shoot("page-390-chat")
     browser.look_like(width=1440, height=900, is_dark=True)
     wait_for_end(browser, seconds=400)
-    browser.js("trimkv.cache.heatView.pick({ layer: 11, head: 1 })")
+    browser.js("trimkv.cache.heatView.pick({ layer: 23, head: 2 })")
     shoot("page-dark")
