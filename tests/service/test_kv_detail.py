@@ -21,6 +21,7 @@ from service.engine.interface import (
     TooManyPositions,
 )
 from service.engine.loader import LoadedEngine, load_engine
+from service.engine.request import RequestState
 from tests.core.tiny import save_base, save_random_gates
 from tests.service.harness import Answer, Engine
 from tests.service.scripted import INFO, ScriptedEngine, serving
@@ -29,6 +30,7 @@ from trimkv_core.budget import Budget
 from trimkv_core.lean.decoder import LeanDecoder
 from trimkv_core.lean.families import read_decoder
 from trimkv_core.lean.torch_ops import TorchOps
+from trimkv_core.sequences import SequenceTable
 
 CHUNK = 12
 SMALL = Budget(memory_size=5, buffer_size=2, prefill_chunk=CHUNK, num_sink_tokens=1)
@@ -266,14 +268,19 @@ def test_looking_changes_nothing(engine: Engine) -> None:
 def test_no_picture_is_taken_of_a_running_request_that_nobody_looks_at(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    taken: list[str] = []
+    taken: list[RequestState] = []
     take = pictures._take
-    monkeypatch.setattr(pictures, "_take", lambda state, table: (taken.append("one"), take(state, table))[1])
+
+    def noted(state: RequestState, table: SequenceTable) -> pictures.CachePicture:
+        taken.append(state)
+        return take(state, table)
+
+    monkeypatch.setattr(pictures, "_take", noted)
     answer = engine.submit(prompt(), SMALL, max_tokens=20)
     step(engine, 12)
     assert taken == []
     engine.abort(answer)
-    assert taken == ["one"]
+    assert taken == [answer.state]
 
 
 def test_a_picture_for_which_there_is_no_memory_costs_no_request(
