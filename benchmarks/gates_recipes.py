@@ -85,18 +85,21 @@ def train(recipe: Recipe, folder: Path, options: argparse.Namespace) -> None:
     subprocess.run(command, check=True)
 
 
-def evaluate(gates: Path, options: argparse.Namespace, *, dense: bool) -> float:
-    """Mean loss over the texts, nats a token; sinks are pinned for all recipes alike."""
+def evaluate(gates: Path, options: argparse.Namespace, *, dense: bool) -> tuple[float, str]:
+    """Mean loss over the texts, nats a token, and on what; sinks are pinned for all recipes alike."""
     output = options.output / ("dense" if dense else f"{gates.name}-results")
     what = ["--budgets", "dense" if dense else str(options.memory_size)]
     what += ["--methods", "dense" if dense else "gates-global", "--gate-sinks", "4", "--tasks", "text"]
     size = ["--text-tokens", str(options.text_tokens), "--excerpts", "1", "--threads", str(options.threads)]
     files = ["--gates", str(gates), "--text", *map(str, options.text), "--output", str(output), "--resume"]
     subprocess.run([*EVALUATE, "--model", "embedded", *what, *size, *files], check=True)
-    (row,) = json.loads((output / "results.json").read_text(encoding="utf-8"))["rows"]
+    results = json.loads((output / "results.json").read_text(encoding="utf-8"))
+    (row,) = results["rows"]
     losses = [measure for measure in row["measures"] if measure["metric"] == "nll"]
     total = sum(sum(measure["sums"]) for measure in losses)
-    return float(total / sum(sum(measure["counts"]) for measure in losses))
+    machine, torch = results["machine"], results["versions"]["torch"]
+    where = f"{results['date']}, {machine['device']}, {machine['threads']} threads, torch {torch}"
+    return float(total / sum(sum(measure["counts"]) for measure in losses)), where
 
 
 def seconds_of(folder: Path) -> float:
@@ -106,11 +109,12 @@ def seconds_of(folder: Path) -> float:
     return sum(float(line.split(",")[column]) for line in lines[1:])
 
 
-def render(outcomes: list[Outcome], options: argparse.Namespace) -> str:
+def render(outcomes: list[Outcome], options: argparse.Namespace, where: str) -> str:
     """The table, in the order of the recipes."""
     lines = [
+        f"{where}.",
         f"{options.steps} steps of {options.seq_len} tokens each, evaluated at M = {options.memory_size} on "
-        f"{len(options.text)} texts of {options.text_tokens:,} tokens, 4 sinks pinned",
+        f"{len(options.text)} texts of {options.text_tokens:,} tokens, 4 sinks pinned.",
         "",
         "| recipe | perplexity ÷ full cache | seconds of training |",
         "|---|---|---|",
@@ -139,10 +143,10 @@ def main() -> None:
         folder = options.output / f"recipe-{number}"
         train(recipe, folder, options)
         if dense is None:
-            dense = evaluate(folder, options, dense=True)
-        loss = evaluate(folder, options, dense=False)
+            dense, _ = evaluate(folder, options, dense=True)
+        loss, where = evaluate(folder, options, dense=False)
         outcomes.append(Outcome(recipe.name, math.exp(loss - dense), seconds_of(folder)))
-        table = render(outcomes, options)
+        table = render(outcomes, options, where)
         (options.output / "recipes.md").write_text(table + "\n", encoding="utf-8")
         print(table, flush=True)
 
