@@ -1,7 +1,7 @@
 """Which departures from the paper's recipe help: gates trained in different ways, at equal steps, on the same rows.
 
     python benchmarks/gates_recipes.py --data train/docs.jsonl train/conversations.jsonl --text heldout/*.txt \
-        --output FOLDER [--steps 80] [--seq-len 512]
+        --output FOLDER [--steps 80] [--seq-len 512] [--recipes 0 7 8]
 
 Every recipe is one `trimkv-train` of its own, from fresh gates and the same seed, and one `trimkv-eval` of what came
 out, with true eviction on texts that nobody trained on. What is compared is the perplexity against the full cache's;
@@ -132,6 +132,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--text-tokens", type=int, default=2048)
     parser.add_argument("--threads", type=int, default=2)
+    numbers = range(len(RECIPES))
+    parser.add_argument("--recipes", type=int, nargs="+", choices=numbers, default=numbers, help="which, in this order")
     return parser.parse_args()
 
 
@@ -139,7 +141,8 @@ def main() -> None:
     options = parse()
     dense: float | None = None
     outcomes: list[Outcome] = []
-    for number, recipe in enumerate(RECIPES):
+    for number in options.recipes:
+        recipe = RECIPES[number]
         folder = options.output / f"recipe-{number}"
         train(recipe, folder, options)
         if dense is None:
