@@ -1,7 +1,7 @@
 """Which departures from the paper's recipe help: gates trained in different ways, at equal steps, on the same rows.
 
     python benchmarks/gates_recipes.py --data train/docs.jsonl train/conversations.jsonl --text heldout/*.txt \
-        --output FOLDER [--steps 80] [--seq-len 512]
+        --output FOLDER [--steps 80] [--seq-len 512] [--recipes 0 7 8]
 
 Every recipe is one `trimkv-train` of its own, from fresh gates and the same seed, and one `trimkv-eval` of what came
 out, with true eviction on texts that nobody trained on. What is compared is the perplexity against the full cache's;
@@ -85,18 +85,21 @@ def train(recipe: Recipe, folder: Path, options: argparse.Namespace) -> None:
     subprocess.run(command, check=True)
 
 
-def evaluate(gates: Path, options: argparse.Namespace, *, dense: bool) -> float:
-    """Mean loss over the texts, nats a token; sinks are pinned for all recipes alike."""
+def evaluate(gates: Path, options: argparse.Namespace, *, dense: bool) -> tuple[float, str]:
+    """Mean loss over the texts, nats a token, and on what; sinks are pinned for all recipes alike."""
     output = options.output / ("dense" if dense else f"{gates.name}-results")
     what = ["--budgets", "dense" if dense else str(options.memory_size)]
     what += ["--methods", "dense" if dense else "gates-global", "--gate-sinks", "4", "--tasks", "text"]
     size = ["--text-tokens", str(options.text_tokens), "--excerpts", "1", "--threads", str(options.threads)]
     files = ["--gates", str(gates), "--text", *map(str, options.text), "--output", str(output), "--resume"]
     subprocess.run([*EVALUATE, "--model", "embedded", *what, *size, *files], check=True)
-    (row,) = json.loads((output / "results.json").read_text(encoding="utf-8"))["rows"]
+    results = json.loads((output / "results.json").read_text(encoding="utf-8"))
+    (row,) = results["rows"]
     losses = [measure for measure in row["measures"] if measure["metric"] == "nll"]
     total = sum(sum(measure["sums"]) for measure in losses)
-    return float(total / sum(sum(measure["counts"]) for measure in losses))
+    machine, torch = results["machine"], results["versions"]["torch"]
+    where = f"{results['date']}, {machine['device']}, {machine['threads']} threads, torch {torch}"
+    return float(total / sum(sum(measure["counts"]) for measure in losses)), where
 
 
 def seconds_of(folder: Path) -> float:
@@ -106,11 +109,12 @@ def seconds_of(folder: Path) -> float:
     return sum(float(line.split(",")[column]) for line in lines[1:])
 
 
-def render(outcomes: list[Outcome], options: argparse.Namespace) -> str:
+def render(outcomes: list[Outcome], options: argparse.Namespace, where: str) -> str:
     """The table, in the order of the recipes."""
     lines = [
+        f"{where}.",
         f"{options.steps} steps of {options.seq_len} tokens each, evaluated at M = {options.memory_size} on "
-        f"{len(options.text)} texts of {options.text_tokens:,} tokens, 4 sinks pinned",
+        f"{len(options.text)} texts of {options.text_tokens:,} tokens, 4 sinks pinned.",
         "",
         "| recipe | perplexity ÷ full cache | seconds of training |",
         "|---|---|---|",
@@ -128,6 +132,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--text-tokens", type=int, default=2048)
     parser.add_argument("--threads", type=int, default=2)
+    numbers = range(len(RECIPES))
+    parser.add_argument("--recipes", type=int, nargs="+", choices=numbers, default=numbers, help="which, in this order")
     return parser.parse_args()
 
 
@@ -135,14 +141,15 @@ def main() -> None:
     options = parse()
     dense: float | None = None
     outcomes: list[Outcome] = []
-    for number, recipe in enumerate(RECIPES):
+    for number in options.recipes:
+        recipe = RECIPES[number]
         folder = options.output / f"recipe-{number}"
         train(recipe, folder, options)
         if dense is None:
-            dense = evaluate(folder, options, dense=True)
-        loss = evaluate(folder, options, dense=False)
+            dense, _ = evaluate(folder, options, dense=True)
+        loss, where = evaluate(folder, options, dense=False)
         outcomes.append(Outcome(recipe.name, math.exp(loss - dense), seconds_of(folder)))
-        table = render(outcomes, options)
+        table = render(outcomes, options, where)
         (options.output / "recipes.md").write_text(table + "\n", encoding="utf-8")
         print(table, flush=True)
 

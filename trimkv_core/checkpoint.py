@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from trimkv_core.gates import GateKind, GateShape, RetentionGate
@@ -234,7 +234,8 @@ def save_gates(gates: list[RetentionGate], config: GateConfig, folder: Path, *, 
         for name, tensor in gate.state_dict().items()
     }
     if use_safetensors:
-        save_file(weights, folder / WEIGHT_NAMES[0])
+        # safetensors' own writing leaves a file that its user alone can read.
+        (folder / WEIGHT_NAMES[0]).write_bytes(save(weights))
     else:
         torch.save(weights, folder / WEIGHT_NAMES[1])
     raw = dict(config.raw)

@@ -151,6 +151,9 @@ def _build(source: Path, folder: Path) -> None:
     try:
         _convert(source, scratch)
         (scratch / _MANIFEST).write_text(json.dumps(_fingerprints(scratch), indent=2) + "\n", encoding="utf-8")
+        # safetensors writes for its user alone, and a folder made with mkdtemp is no other's either.
+        for path in scratch.iterdir():
+            path.chmod(0o644)
         scratch.chmod(0o755)
         scratch.rename(folder)
     finally:

@@ -26,6 +26,7 @@ KEY = "model.layers.{}.self_attn.retention_gate.{}"
 def test_a_released_checkpoint_is_written_back_the_same(folder: str, use_safetensors: bool, tmp_path: Path) -> None:
     model = TrimKVQwen3ForCausalLM.from_pretrained(str(UPSTREAM / folder), dtype=torch.float32)
     model.save_trimkv(tmp_path, use_safetensors=use_safetensors)
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1, "weights are as private as the config"
     before, after = read_weights(UPSTREAM / folder), read_weights(tmp_path)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)

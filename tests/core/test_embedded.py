@@ -209,6 +209,16 @@ class TestWithAStandInConversion:
             folder.write_text("a file")
         assert (embedded_model_path() / "copy").read_bytes() == b"first"
 
+    def test_every_user_can_read_a_conversion(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def privately(source: Path, target: Path) -> None:
+            _copy(source, target)
+            (target / "copy").chmod(0o600)
+
+        monkeypatch.setattr(embedded, "_convert", privately)
+        folder = embedded_model_path()
+        assert folder.stat().st_mode & 0o005 == 0o005
+        assert all(path.stat().st_mode & 0o004 for path in folder.iterdir())
+
     def test_a_conversion_that_fails_leaves_nothing_behind(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def fail(source: Path, target: Path) -> None:
             (target / "half").touch()

@@ -83,6 +83,15 @@ def test_other_settings_make_rows_anew(folder: Path, tmp_path: Path) -> None:
     assert after["text", "key-norm", 16] == before["text", "key-norm", 16]
 
 
+def test_results_of_an_earlier_run_are_not_written_over(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "results.json").write_text("hours of work")
+    assert run(folder, "--tasks", "text", "--budgets", "16", "--output", str(tmp_path), *texts(folder)) == 2
+    assert "results.json of an earlier run: add --resume" in caplog.text
+    assert (tmp_path / "results.json").read_text() == "hours of work"
+
+
 def test_rows_of_other_texts_leave_the_table_and_stay_beside_it(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -300,6 +300,7 @@ def test_the_worker_says_what_went_wrong(tmp_path: Path) -> None:
     command = [sys.executable, "-I", str(Path(kvpress_worker.__file__))]
     regime = {"memory_size": 16, "chunk": 8, "buffer": 2, "sinks": 1}
     request = {"model_folder": str(tmp_path), "method": "none of them", "regime": regime, "batch": 1, "probes": []}
+    request |= {"device": "cpu", "threads": 1}
     with pytest.raises(KvpressError, match=r"worker failed: (ModuleNotFoundError|ValueError).*Traceback"):
         exchange(command, request, timeout_s=120)
 

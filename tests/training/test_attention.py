@@ -15,9 +15,10 @@ from torch.utils.checkpoint import checkpoint
 from trimkv_core.overlay import LayerAttention
 from trimkv_core.training import flex
 from trimkv_core.training.attention import Bias, Decay, blocked_attention, eager_attention
+from trimkv_core.training.batch import Extent
 from trimkv_core.training.evictions import EvictionRule, eviction_bias, eviction_lines, eviction_reach
 from trimkv_core.training.flex import FlexLayout, flex_documents
-from trimkv_core.training.gated_model import Document, attend_documents
+from trimkv_core.training.gated_model import attend_documents
 from trimkv_core.training.shapes import DecayShape
 
 CPU = torch.device("cpu")
@@ -49,7 +50,7 @@ def random_layer(tokens: int, *, rows: int | None = None) -> tuple[Tensor, Tenso
 
 
 def packed_layer(
-    documents: list[Document],
+    documents: list[Extent],
     make_bias: Callable[[Tensor], Bias] | None,
     *,
     rows: int,
@@ -109,7 +110,7 @@ def test_flex_attention_over_packed_documents_is_the_reference(
     make_bias: Callable[[Tensor], Bias] | None, window: int | None
 ) -> None:
     """Forward only: PyTorch has no backward of FlexAttention on CPUs."""
-    documents = [Document(0, 0, 50), Document(0, 50, 150), Document(1, 0, 100)]
+    documents = [Extent(0, 0, 50), Extent(0, 50, 150), Extent(1, 0, 100)]
     call, biases = packed_layer(documents, make_bias, rows=2, tokens=150, window=window)
     wanted = attend_documents(call, documents, biases, is_eager=True)
     with torch.no_grad():
@@ -126,7 +127,7 @@ def test_flex_attentions_gradients_on_a_gpu_are_the_references(
     make_bias: Callable[[Tensor], Bias], window: int | None
 ) -> None:
     device = torch.device("cuda")
-    documents = [Document(0, 0, 90), Document(0, 90, 300), Document(1, 0, 256)]
+    documents = [Extent(0, 0, 90), Extent(0, 90, 300), Extent(1, 0, 256)]
     results = []
     for is_flex in (False, True):
         call, biases = packed_layer(documents, make_bias, rows=2, tokens=300, window=window, device=device)
@@ -144,7 +145,7 @@ def test_flex_attentions_gradients_on_a_gpu_are_the_references(
 @pytest.mark.parametrize("window", [None, 21, 200, 300])
 @pytest.mark.parametrize("tokens", [100, 640, 700])
 def test_the_sparse_mask_is_the_one_that_the_whole_mask_gives(tokens: int, window: int | None) -> None:
-    spans = [Document(0, 0, tokens // 7), Document(0, tokens // 7, tokens), Document(1, 0, 90), Document(2, 0, tokens)]
+    spans = [Extent(0, 0, tokens // 7), Extent(0, tokens // 7, tokens), Extent(1, 0, 90), Extent(2, 0, tokens)]
     layout = FlexLayout(spans, rows=3, tokens=tokens, device=CPU)
     got = layout.mask(window)
     wanted = create_block_mask(got.mask_mod, 3, None, tokens, tokens, device="cpu")
@@ -162,7 +163,7 @@ def test_new_documents_and_a_new_decay_compile_nothing_anew(kind: str, monkeypat
     counter = CompileCounter()
     monkeypatch.setattr(flex, "flex_attention", torch.compile(flex_attention, backend=counter, dynamic=False))
     for nth, cut in enumerate([40, 100, 17]):
-        documents = [Document(0, 0, cut), Document(0, cut, 150 - nth)]
+        documents = [Extent(0, 0, cut), Extent(0, cut, 150 - nth)]
 
         def make_bias(log_beta: Tensor, nth: int = nth) -> Bias:
             return (
@@ -192,7 +193,7 @@ def test_a_bias_is_not_kept_where_checkpointing_drops_what_is_saved() -> None:
 
 def test_documents_of_a_row_do_not_see_each_other() -> None:
     query, key, value, log_beta = random_layer(90, rows=1)
-    documents = [Document(0, 0, 40), Document(0, 40, 90)]
+    documents = [Extent(0, 0, 40), Extent(0, 40, 90)]
 
     def attend(keys: Tensor) -> Tensor:
         call = LayerAttention(

@@ -15,9 +15,9 @@ from tests.fixtures import UPSTREAM
 from trimkv_core import TrimKVQwen3ForCausalLM
 from trimkv_core.overlay import attention_layers
 from trimkv_core.training.attention import Bias, Decay
-from trimkv_core.training.batch import IGNORED, PackedBatch
+from trimkv_core.training.batch import IGNORED, PackedBatch, documents_of
 from trimkv_core.training.evictions import EvictionRule
-from trimkv_core.training.gated_model import GatedDecoder, documents_of, prepare_gates
+from trimkv_core.training.gated_model import GatedDecoder, prepare_gates
 from trimkv_core.training.losses import LossKind
 from trimkv_core.training.objective import Objective, step_loss
 from trimkv_core.training.shapes import DecayShape

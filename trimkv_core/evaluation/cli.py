@@ -52,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (SettingsError, MethodError, TextError) as error:
         return _complain(error, EXIT_USAGE)
     try:
+        _check_output(settings)
         return _run(settings, texts)
     except (SettingsError, MethodError, BudgetError, TextError, ResultsError, ProbeError) as error:
         return _complain(error, EXIT_USAGE)
@@ -61,6 +62,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(f"{error}; lower --lanes or --text-tokens, and --resume", EXIT_FAILURE)
     except KeyboardInterrupt:
         return _complain("interrupted; --resume goes on from here", EXIT_FAILURE)
+
+
+def _check_output(settings: Settings) -> None:
+    """Hours of somebody's results are not written over."""
+    if settings.output is not None and not settings.resumes and (path := settings.output / FILE_NAME).exists():
+        raise SettingsError(
+            f"--output {settings.output} holds {path.name} of an earlier run: add --resume, or name another"
+        )
 
 
 def _run(settings: Settings, texts: dict[str, str]) -> int:
@@ -109,7 +118,14 @@ def _evaluate(settings: Settings, model: LoadedModel, texts: dict[str, str], out
 
     def make_answerer(case: Case) -> Answerer:
         if case.is_foreign and settings.kvpress_python is not None:
-            return KvpressAnswerer(settings.kvpress_python, Path(model.base), case, settings.regime)
+            return KvpressAnswerer(
+                settings.kvpress_python,
+                Path(model.base),
+                case,
+                settings.regime,
+                device=str(model.device),
+                threads=settings.threads,
+            )
         return make_reader(case, model, settings.regime, seed=settings.seed, lanes=settings.lanes)
 
     run_all(tasks, cases, model, results, regime=settings.regime, seed=settings.seed, make_answerer=make_answerer)

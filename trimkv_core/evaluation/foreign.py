@@ -27,12 +27,16 @@ class KvpressAnswerer:
         model_folder: of the base model.
         case: method and budget.
         regime: how it is fed.
+        device: where the other PyTorch computes.
+        threads: of the other PyTorch on a CPU; None leaves the choice to it.
     """
 
     python: Path
     model_folder: Path
     case: Case
     regime: Regime
+    device: str = "cpu"
+    threads: int | None = None
 
     def answer(self, probes: Sequence[Probe]) -> list[ProbeResult]:
         if self.case.memory_size is None:
@@ -47,6 +51,8 @@ class KvpressAnswerer:
             buffer=self.regime.buffer,
             sinks=self.regime.sinks,
             timeout_s=TIMEOUT_SECONDS,
+            device=self.device,
+            threads=self.threads,
         )
 
 

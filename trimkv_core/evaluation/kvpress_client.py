@@ -74,6 +74,8 @@ def run_kvpress(
     sinks: int,
     timeout_s: float,
     batch: int = 4,
+    device: str = "cpu",
+    threads: int | None = None,
 ) -> list[ProbeResult]:
     """Read probes with one of kvpress's methods under our feeding regime.
 
@@ -88,6 +90,8 @@ def run_kvpress(
         sinks: first positions that always stay.
         timeout_s: seconds for all of it.
         batch: probes of equal length read at once.
+        device: where the other PyTorch computes.
+        threads: of the other PyTorch on a CPU; None leaves the choice to it.
 
     Returns:
         One result a probe, in order.
@@ -112,6 +116,8 @@ def run_kvpress(
         "method": method,
         "regime": {"memory_size": memory_size, "chunk": chunk, "buffer": buffer, "sinks": sinks},
         "batch": batch,
+        "device": device,
+        "threads": threads,
         "probes": [
             {"ids": list(probe.ids), "spans": [[span.start, span.stop] for span in probe.spans]} for probe in probes
         ],

@@ -481,7 +481,9 @@ def answer_request(request: dict[str, Any]) -> list[dict[str, Any]]:
     logging.getLogger("kvpress").setLevel(logging.ERROR)
     regime = Regime(**request["regime"])
     method = _kvpress_method(request["method"], regime)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(request["device"])
+    if request["threads"] is not None:
+        torch.set_num_threads(request["threads"])
     model = transformers.AutoModelForCausalLM.from_pretrained(
         request["model_folder"],
         dtype="auto",

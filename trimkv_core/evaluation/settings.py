@@ -147,7 +147,11 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--output", type=Path, metavar="FOLDER", help="for results.json, results.md, results.png and .svg"
     )
-    what.add_argument("--resume", action="store_true", help="keep rows of an earlier run that still hold")
+    what.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep rows of an earlier run that still hold; without it, --output may hold none",
+    )
 
     size = parser.add_argument_group("how much")
     for flag, default, note in (

@@ -16,7 +16,7 @@ from trimkv_core.checkpoint import GateConfig, load_gates, read_config, read_wei
 from trimkv_core.gates import GateKind, GateShape
 from trimkv_core.models import TrimKVForCausalLM, find_gates, locate_base, names_gates
 from trimkv_core.options import SettingsError
-from trimkv_core.overlay import gates_of
+from trimkv_core.overlay import fix_rope, gates_of
 from trimkv_core.training.data import SourceRecord, open_data
 from trimkv_core.training.encoding import DocumentEncoder, DocumentStore
 from trimkv_core.training.gated_model import GatedDecoder, prepare_gates
@@ -134,6 +134,8 @@ def load_decoder(settings: TrainSettings, config: GateConfig, data: TrainingData
     longest, known = max(settings.seq_len, settings.long_seq_len or 0), model.config.max_position_embeddings
     if longest > known:
         logger.warning("rows of %d tokens are longer than the %d that %s knows", longest, known, settings.model)
+    if note := fix_rope(model, longest):
+        logger.info(note)
     torch.manual_seed(settings.seed)  # the same fresh gates in every process
     calibration = data.stream.first_row().to(device) if settings.scale_inputs else None
     prepare_gates(model, config, scales_inputs=settings.scale_inputs, calibration=calibration)

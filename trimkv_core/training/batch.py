@@ -37,3 +37,25 @@ class PackedBatch:
         return PackedBatch(
             self.input_ids.to(device), self.labels.to(device), self.position_ids.to(device), self.document.to(device)
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """Where a document lies in a batch."""
+
+    row: int
+    start: int
+    stop: int
+
+
+def documents_of(batch: PackedBatch) -> list[Extent]:
+    """The documents of a batch, padding left out."""
+    found = []
+    for row, numbers in enumerate(batch.document.tolist()):
+        start = 0
+        for at in range(1, len(numbers) + 1):
+            if at == len(numbers) or numbers[at] != numbers[start]:
+                if numbers[start] >= 0:
+                    found.append(Extent(row, start, at))
+                start = at
+    return found

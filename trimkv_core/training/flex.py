@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -22,22 +22,12 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from trimkv_core.overlay import LayerAttention
 from trimkv_core.training.attention import Bias, Decay, EvictionBias
+from trimkv_core.training.batch import Extent
 
 # Queries and entries of a block of the sparse mask: FlexAttention's own default.
 _BLOCK = 128
 
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-
-
-class Span(Protocol):
-    """Where a document lies: see `gated_model.Document`."""
-
-    @property
-    def row(self) -> int: ...
-    @property
-    def start(self) -> int: ...
-    @property
-    def stop(self) -> int: ...
 
 
 class FlexLayout:
@@ -54,7 +44,7 @@ class FlexLayout:
         device: of the pass.
     """
 
-    def __init__(self, documents: Sequence[Span], *, rows: int, tokens: int, device: torch.device) -> None:
+    def __init__(self, documents: Sequence[Extent], *, rows: int, tokens: int, device: torch.device) -> None:
         start = torch.arange(tokens).repeat(rows, 1)
         for document in documents:
             start[document.row, document.start : document.stop] = document.start

@@ -9,7 +9,7 @@ Letters: L layers, H KV heads, G query heads a KV head, D head dimension, R rows
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,32 +21,10 @@ from trimkv_core.checkpoint import GateConfig
 from trimkv_core.gates import RetentionGate
 from trimkv_core.overlay import LayerAttention, attention_layers, gates_of
 from trimkv_core.training.attention import Bias, blocked_attention, eager_attention
-from trimkv_core.training.batch import PackedBatch
+from trimkv_core.training.batch import Extent, PackedBatch, documents_of
 from trimkv_core.training.flex import FlexLayout, flex_documents
 
 ATTENTIONS = ("auto", "eager", "blocked", "flex")
-
-
-@dataclass(frozen=True, slots=True)
-class Document:
-    """Where a document lies in a batch."""
-
-    row: int
-    start: int
-    stop: int
-
-
-def documents_of(batch: PackedBatch) -> list[Document]:
-    """The documents of a batch, padding left out."""
-    found = []
-    for row, numbers in enumerate(batch.document.tolist()):
-        start = 0
-        for at in range(1, len(numbers) + 1):
-            if at == len(numbers) or numbers[at] != numbers[start]:
-                if numbers[start] >= 0:
-                    found.append(Document(row, start, at))
-                start = at
-    return found
 
 
 # From a layer's number and its log β [R, T, H], the biases of every document.
@@ -64,7 +42,7 @@ class _Pass:
     def __init__(
         self,
         batch: PackedBatch,
-        documents: list[Document],
+        documents: list[Extent],
         *,
         attention: str,
         make_bias: BiasMaker | None,
@@ -98,7 +76,7 @@ class _Pass:
 
 
 def attend_documents(
-    call: LayerAttention, documents: list[Document], biases: list[Bias] | None, *, is_eager: bool = False
+    call: LayerAttention, documents: list[Extent], biases: list[Bias] | None, *, is_eager: bool = False
 ) -> Tensor:
     """Attention of every document by itself: [R, T, H·G, D]; padding gets zeros."""
     result = []
@@ -119,7 +97,7 @@ def attend_documents(
     return _lay_out(result, documents, call.query)
 
 
-def _lay_out(parts: list[Tensor], documents: list[Document], query: Tensor) -> Tensor:
+def _lay_out(parts: list[Tensor], documents: list[Extent], query: Tensor) -> Tensor:
     rows, heads, tokens, dim = query.shape
     index = torch.cat([torch.arange(d.start, d.stop, device=query.device) + d.row * tokens for d in documents])
     flat = query.new_zeros(rows * tokens, heads, dim).index_copy(0, index, torch.cat(parts))
@@ -186,7 +164,7 @@ class GatedDecoder(nn.Module):
         self,
         batch: PackedBatch,
         *,
-        documents: list[Document] | None = None,
+        documents: list[Extent] | None = None,
         make_bias: BiasMaker | None = None,
         is_gated: bool = True,
     ) -> tuple[Tensor, list[Tensor]]:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from trimkv_core.training.attention import Bias, Decay
-from trimkv_core.training.batch import PackedBatch
+from trimkv_core.training.batch import Extent, PackedBatch, documents_of
 from trimkv_core.training.capacity import capacity_overrun, join_overruns
 from trimkv_core.training.evictions import EvictionRule, eviction_bias, eviction_lines, eviction_reach
-from trimkv_core.training.gated_model import BiasMaker, Document, GatedDecoder, documents_of
+from trimkv_core.training.gated_model import BiasMaker, GatedDecoder
 from trimkv_core.training.losses import LossKind, TokenLosses, blocked_token_losses
 from trimkv_core.training.retention_sums import retention_sums
 from trimkv_core.training.shapes import DecayShape
@@ -92,18 +92,18 @@ def step_loss(decoder: GatedDecoder, batch: PackedBatch, objective: Objective) -
     return _with_capacity(losses, log_beta, documents, objective)
 
 
-def _document_log_beta(log_beta: list[Tensor], document: Document) -> Tensor:
+def _document_log_beta(log_beta: list[Tensor], document: Extent) -> Tensor:
     """Log β of one document, float32 [L, H, T]."""
     part = slice(document.start, document.stop)
     return torch.stack([layer[document.row, part].t() for layer in log_beta])
 
 
-def _all_lines(log_beta: list[Tensor], documents: list[Document], rule: EvictionRule) -> list[Tensor]:
+def _all_lines(log_beta: list[Tensor], documents: list[Extent], rule: EvictionRule) -> list[Tensor]:
     """The eviction lines of every document, [K, L·H or 1]."""
     return [eviction_lines(_document_log_beta(log_beta, document).flatten(0, 1), rule) for document in documents]
 
 
-def _decay_maker(documents: list[Document], objective: Objective) -> BiasMaker:
+def _decay_maker(documents: list[Extent], objective: Objective) -> BiasMaker:
     def make(layer: int, log_beta: Tensor) -> list[Bias]:
         return [
             Decay(_pinned(_per_head(log_beta, document), objective.num_sink_tokens), objective.shape)
@@ -113,7 +113,7 @@ def _decay_maker(documents: list[Document], objective: Objective) -> BiasMaker:
     return make
 
 
-def _eviction_maker(documents: list[Document], rule: EvictionRule, lines: list[Tensor]) -> BiasMaker:
+def _eviction_maker(documents: list[Extent], rule: EvictionRule, lines: list[Tensor]) -> BiasMaker:
     # A global budget has one line for all layers and heads, and one reach.
     reaches = [
         eviction_reach(drawn, document.stop - document.start, rule) if rule.is_global else None
@@ -133,7 +133,7 @@ def _eviction_maker(documents: list[Document], rule: EvictionRule, lines: list[T
     return make
 
 
-def _per_head(log_beta: Tensor, document: Document) -> Tensor:
+def _per_head(log_beta: Tensor, document: Extent) -> Tensor:
     """Log β of one document in one layer, float32 [H, T], from [R, T, H]."""
     return log_beta[document.row, document.start : document.stop].t()
 
@@ -147,7 +147,7 @@ def _pinned(log_beta: Tensor, sinks: int) -> Tensor:
 
 
 def _with_capacity(
-    losses: TokenLosses, log_beta: list[Tensor], documents: list[Document], objective: Objective
+    losses: TokenLosses, log_beta: list[Tensor], documents: list[Extent], objective: Objective
 ) -> StepLoss:
     zero = losses.total.new_zeros(())
     if objective.evictions is not None:
