@@ -253,7 +253,7 @@ async def test_what_an_engine_raises_arrives_in_its_own_words(kind: type[Excepti
 
     handle = SimpleNamespace(broadcast=lambda *_: SimpleNamespace(results_async=results))
     with pytest.raises(kind) as caught:
-        await RayFleet(handle).kv_details("r", None)  # type: ignore[arg-type]
+        await RayFleet(handle).kv_details("r", None)
     assert str(caught.value) == "9 are more than 8"
 
 

@@ -20,7 +20,7 @@ def make(engine: ToldEngine, *, ends: list[str] | None = None) -> EngineReplica:
 
 
 async def test_the_first_event_leaves_at_once_and_those_that_follow_quickly_as_one_bundle() -> None:
-    events = [word("a"), word("b"), word("c"), end("d")]
+    events: list[Event] = [word("a"), word("b"), word("c"), end("d")]
 
     async def source() -> AsyncIterator[Event]:
         for event in events:
