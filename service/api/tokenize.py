@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from service.api.chat import check_served, encode_messages
 from service.api.context import ApiContext
 from service.api.edge import read_body
+from service.api.errors import invalid_value
 from service.api.schemas import TokenizeRequest, parse_tokenize_request
 from service.generation.chat_format import ChatFormat
 from service.generation.detokenizer import IncrementalDetokenizer
@@ -56,6 +57,11 @@ def _tokenize(chat_format: ChatFormat, fields: TokenizeRequest, max_model_len: i
         ids = encode_messages(chat_format, fields.messages)
     else:
         ids = chat_format.backend.encode(fields.prompt or "", add_special_tokens=True).ids
+    # One call into the tokenizer a token, beside the engine's thread: no more of them than could be served.
+    if fields.return_token_strs and len(ids) > max_model_len:
+        raise invalid_value(
+            "return_token_strs", True, f"the prompt has {len(ids)} tokens, texts are told of up to {max_model_len}"
+        )
     texts = _texts(chat_format, ids) if fields.return_token_strs else None
     return TokenizeBody(count=len(ids), max_model_len=max_model_len, tokens=ids, token_strs=texts)
 

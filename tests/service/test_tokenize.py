@@ -71,6 +71,7 @@ def test_a_prompt_is_cut_as_it_is(client: httpx.Client) -> None:
         ({"messages": MESSAGES, "prompt": "a"}, 400, "messages"),
         ({"messages": []}, 400, "messages"),
         ({"prompt": 7}, 400, "prompt"),
+        ({"prompt": "a" * (INFO.max_model_len + 1), "return_token_strs": True}, 400, "return_token_strs"),
         ({"prompt": "a", "model": "other"}, 404, "model"),
     ],
 )
