@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import math
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,22 @@ class Prometheus:
 
     def rules(self) -> list[dict[str, Any]]:
         return [rule for group in self.get("rules")["groups"] for rule in group["rules"]]
+
+    def catch_up(self) -> None:
+        """Wait until every service was scraped twice, so that a rate sees the end, and then every rule evaluated."""
+
+        def are_scraped() -> bool:
+            times = [float(each["value"][1]) for each in self.now('timestamp(up{job="trimkv"})')]
+            return min(times, default=0.0) > asked
+
+        def are_evaluated() -> bool:
+            return all(datetime.fromisoformat(rule["lastEvaluation"]).timestamp() > scraped for rule in self.rules())
+
+        for _ in range(2):
+            asked = time.time()
+            wait_for(are_scraped, "a scrape of every service", 30)
+        scraped = time.time()
+        wait_for(are_evaluated, "an evaluation of every rule", 30)
 
 
 def has_values(series: list[Any]) -> bool:

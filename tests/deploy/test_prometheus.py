@@ -84,7 +84,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
         wait_for(lambda: len(prometheus.now('up{job="trimkv"} == 1')) == 2, "both targets up", 30)
         start = time.time()
         asyncio.run(load((one, two), LOAD_SECONDS))
-        time.sleep(7)  # two scrapes and an evaluation more
+        prometheus.catch_up()
         yield Watched(prometheus, (one, two), start, time.time())
 
 

@@ -133,7 +133,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
             work(door.fleet.replicas[0]._metrics)
             door.metrics.on_rejected(RejectionReason.QUEUE_REQUESTS)
             time.sleep(0.2)
-        time.sleep(3)
+        prometheus.catch_up()
         yield Watched(prometheus, start, time.time())
 
 
