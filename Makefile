@@ -4,10 +4,12 @@
 # Variables, from the command line or, HOST aside, the environment:
 #   HOST, PORT, MODEL, GATES, DTYPE, KV_MEMORY   flags of trimkv-serve; ARGS adds any other
 #   PYTHON        interpreter the virtual environment is made with, 3.11 or newer
+#   PROCESSES     of the tests, with one thread each; 2
 #   TORCH_INDEX   package index to take torch from: PyTorch's CPU index, where plain pip would bring a CUDA build
 
 PYTHON ?= python3
 TORCH_INDEX ?=
+PROCESSES ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := requirements/cpu-constraints.txt
@@ -29,7 +31,7 @@ test: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	MYPYPATH=benchmarks $(BIN)/mypy benchmarks
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadfile
 
 bench: $(VENV)/.serve
 	$(BIN)/python benchmarks/serve_cpu.py --output benchmarks/serve_cpu.json $(ARGS)
