@@ -32,7 +32,7 @@ pytest.importorskip("ray", reason="needs the extra 'ray'")
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "deploy" / "ray" / "serve.yaml"
 START_SECONDS = 240
-STOP_SECONDS = 60
+STOP_SECONDS = 150
 # Whoever looks at a fleet takes the time that it gets ready in.
 LOOK_SECONDS = 0.25
 STREAMS = 6

@@ -503,6 +503,8 @@ def test_tokens_are_shaded_by_what_the_api_says(browser: Browser, real: live.Liv
     browser.look_like(width=1440, height=900, is_dark=False)
     browser.open(f"{real.url}/")
     browser.wait("document.querySelector('#ideas button:nth-child(3)')")
+    # A small model may well go on for ever.
+    browser.js("document.querySelector('#max_tokens').value = 48")
     browser.js("document.querySelector('#ideas button:nth-child(3)').click()")
     browser.wait("document.querySelector('#t-phase').textContent.startsWith('reading')", seconds=60)
     browser.wait("document.querySelector('article.assistant.busy p')", seconds=120)
