@@ -15,9 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from trimkv_core.checkpoint import read_config, read_weights
-
-WEIGHTS = "trimkv_weights.safetensors"
+from trimkv_core.checkpoint import WEIGHT_NAMES, read_config, read_weights
 
 
 def average(folders: list[Path]) -> dict[str, torch.Tensor]:
@@ -45,7 +43,7 @@ def main() -> None:
     for folder in options.checkpoints:
         read_config(folder)  # says what is wrong with a folder that is none of ours
     options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / WEIGHTS).write_bytes(save(average(options.checkpoints)))
+    (options.output / WEIGHT_NAMES[0]).write_bytes(save(average(options.checkpoints)))
     shutil.copyfile(options.checkpoints[-1] / "config.json", options.output / "config.json")
 
 

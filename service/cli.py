@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from service.environment import prepare_environment
 from service.settings import PROGRAM, Settings, load_settings
 from trimkv_core.options import SettingsError
 
@@ -29,13 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _serve(settings: Settings) -> int:
-    # Threads that wait for each other spin for microseconds, then sleep: spinning longer, a neighbour on the same cores
-    # costs not its share but ten times that; sleeping at once doubles a decode step. It has to be said before torch
-    # loads OpenMP.
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-    if settings.log_format == "json":
-        # A progress bar is no JSON. Read when huggingface_hub is imported, and by transformers then.
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    prepare_environment(settings.log_format)
     # Torch takes seconds to import: --help and a bad flag do not wait for it, and a taken port is said first.
     from service.port import PortError, open_port
 

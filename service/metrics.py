@@ -186,13 +186,14 @@ class Metrics:
     def on_restart(self) -> None:
         self._restarts.inc()
 
-    async def render(self, engine: Engine, *, accept: str) -> tuple[bytes, str]:
+    async def render(self, engine: Engine, *, accept: str, stats: EngineStats | None = None) -> tuple[bytes, str]:
         """The exposition of all metrics, and its content type.
 
         Args:
             accept: the scraper's `Accept` header, which chooses between the Prometheus and the OpenMetrics format.
+            stats: the engine's figures where the caller has them; None asks for them.
         """
-        await self._gauges.refresh(engine)
+        await self._gauges.refresh(engine, stats)
         encode, content_type = choose_encoder(accept)
         return encode(self.registry), content_type
 
@@ -205,11 +206,14 @@ class _EngineGauges(Collector):
         self._stats: EngineStats | None = None
         self._step_age = 0.0
 
-    async def refresh(self, engine: Engine) -> None:
+    async def refresh(self, engine: Engine, stats: EngineStats | None) -> None:
         self._step_age = engine.last_step_age_seconds
         if engine.state in (EngineState.LOADING, EngineState.FAILED):
             return
         self._info = engine.info
+        if stats is not None:
+            self._stats = stats
+            return
         with anyio.move_on_after(STATS_TIMEOUT_SECONDS) as scope:
             self._stats = await engine.stats()
         if scope.cancelled_caught:

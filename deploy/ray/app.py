@@ -25,6 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.edge import REQUEST_ID_HEADER
 from service.engine.interface import Event, GenerationRequest, KvDetail, ModelInfo, StreamChoice, TooManyPositions
+from service.environment import prepare_environment
 from service.fleet.calls import EventBatches, ReplicaReport
 from service.fleet.options import DRAIN_MARGIN_SECONDS, FleetOptions, read_arguments
 from service.settings import Settings
@@ -93,8 +94,7 @@ class EngineDeployment:
     """One engine in a process of its own."""
 
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
-        # As in `service.cli`: it has to be said before torch loads OpenMP.
-        os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+        prepare_environment(settings.log_format)
         from service.engine.worker import EngineWorker
         from service.fleet.replica import EngineReplica
         from service.logs import LoggedMetrics, setup_logging

@@ -180,7 +180,7 @@ async def _look(context: ApiContext, request_id: str, choice: StreamChoice | Non
     if detail is None:
         raise ApiError(
             HTTPStatus.NOT_FOUND,
-            f"The request {show(request_id)} is not known: none with this id runs, or ended a minute ago at most.",
+            f"The request {show(request_id)} is not known: none with this id runs, or ended within the last minute.",
             param="request_id",
             code="request_not_found",
         )

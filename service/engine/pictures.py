@@ -193,6 +193,8 @@ class CachePictures:
         if self._ended_bytes <= MAX_ENDED_BYTES:
             return
         for request_id, picture in self._ended.items():
+            if picture.pages is None:
+                continue
             self._ended_bytes -= picture.num_bytes
             self._ended[request_id] = replace(picture, pages=None)
             if self._ended_bytes <= MAX_ENDED_BYTES:

@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
-from service.engine.interface import Engine
+from service.engine.interface import Engine, EngineStats
 from service.fleet.calls import ReplicaReport
 from service.fleet.engine import FleetEngine
 from service.metrics import PREFIX, Metrics
@@ -36,8 +36,8 @@ class FleetMetrics(Metrics):
         super().__init__()
         self._name = name
 
-    async def render(self, engine: Engine, *, accept: str) -> tuple[bytes, str]:
-        """The exposition of the whole fleet, and its content type."""
+    async def render(self, engine: Engine, *, accept: str, stats: EngineStats | None = None) -> tuple[bytes, str]:
+        """The exposition of the whole fleet, and its content type; every engine brings figures of its own."""
         if not isinstance(engine, FleetEngine):
             raise TypeError("the metrics of a fleet are those of its engine")
         reports = await engine.figures.reports()

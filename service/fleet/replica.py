@@ -90,6 +90,8 @@ class EngineReplica:
             with engine.reserve() as slot:
                 events = engine.submit(local, slot)
         except SubmitError as error:
+            # The door has accepted it, so this is the last that is said of it.
+            logger.warning("refused id=%s: %s", request.request_id, error)
             yield (Failed(message=str(error)),)
             return
         try:
@@ -105,7 +107,7 @@ class EngineReplica:
     async def report(self) -> ReplicaReport:
         """This engine's figures and metrics."""
         stats = await self._engine.stats()
-        exposition, _ = await self._metrics.render(self._engine, accept="")
+        exposition, _ = await self._metrics.render(self._engine, accept="", stats=stats)
         return ReplicaReport(
             name=self._name,
             host=socket.gethostname(),

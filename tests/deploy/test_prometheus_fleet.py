@@ -6,7 +6,7 @@ import contextlib
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import uvicorn
@@ -15,48 +15,22 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from service.engine.interface import FinishedRequest, FinishReason, RejectionReason, RequestStats
+from service.engine.interface import RejectionReason
 from service.fleet.engine import FleetEngine
 from service.fleet.metrics import FleetMetrics
 from service.metrics import Metrics
 from tests.deploy.dashboards import Query, queries
 from tests.deploy.prometheus import Prometheus, has_values, scraping
 from tests.deploy.proxy import free_port
-from tests.fleet.pretend import INFO, KV, PretendFleet, ToldEngine
+from tests.fleet.pretend import PretendFleet, ToldEngine
+from tests.service import scripted
 from tests.service.live import wait_for
 
 LOAD_SECONDS = 10
 RATE_INTERVAL = "12s"
 
-RUNNING = RequestStats(
-    request_id="r",
-    phase="decode",
-    prompt_tokens=80,
-    completion_tokens=21,
-    seen_tokens=100,
-    budget=INFO.budget,
-    entries_logical=600,
-    entries_physical=390,
-    layer_entries=(300, 90),
-    pages_used=27,
-    pages_reserved=40,
-    evictions=3,
-    evicted_entries=210,
-    peak_entries=420,
-)
-ENDED = FinishedRequest(
-    request_id="r",
-    finish_reason=FinishReason.STOP,
-    abort_reason=None,
-    prompt_tokens=80,
-    completion_tokens=21,
-    budget_entries_per_stream=64,
-    kv=KV,
-    time_to_first_token=0.2,
-    e2e_latency=1.0,
-    queue_time=0.1,
-    prefill_time=0.1,
-    decode_time=0.8,
+RUNNING = replace(
+    scripted.RUNNING, entries_logical=600, entries_physical=390, layer_entries=(300, 90), evicted_entries=210
 )
 
 
@@ -68,7 +42,7 @@ def work(metrics: Metrics) -> None:
     for phase in ((1, 0), (1, 3), (0, 3)):
         metrics.on_step(duration_seconds=0.1, prefill_tokens=80, prefill_sequences=phase[0], decode_sequences=phase[1])
     metrics.on_eviction(strategy="fixed_budget", sequences=1, entries=70, duration_seconds=0.01)
-    metrics.on_finished(ENDED)
+    metrics.on_finished(scripted.ENDED)
 
 
 class Door:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 
 from service.engine.interface import (
     AbortReason,
@@ -16,7 +17,6 @@ from service.engine.interface import (
     FinishReason,
     GenerationRequest,
     KvDetail,
-    KVUsage,
     ModelInfo,
     QueueSlot,
     RequestStats,
@@ -27,36 +27,15 @@ from service.engine.interface import (
 from service.fleet.calls import ReplicaReport
 from service.fleet.replica import EngineReplica
 from service.metrics import Metrics
-from trimkv_core.budget import Budget, Geometry
+from tests.service import scripted
+from trimkv_core.budget import Budget
 
-GEOMETRY = Geometry(num_layers=2, num_heads=3, head_dim=4, block_size=16, kv_itemsize=4)
-INFO = ModelInfo(
-    model="tiny/model",
-    tokenizer_path="tiny",
-    gates="tiny/gates",
-    has_gates=True,
-    backend="torch",
-    dtype="float32",
-    device="cpu",
-    max_model_len=1000,
-    vocab_size=300,
-    geometry=GEOMETRY,
+INFO = replace(
+    scripted.INFO,
     budget=Budget(memory_size=64, prefill_chunk=512),
-    trained_memory_size=64,
-    eos_token_ids=(2,),
     sampling_defaults={},
     pool_pages=1000,
     pool_bytes=400_000,
-)
-KV = KVUsage(
-    budget_entries=384,
-    retained_entries=6,
-    evicted_entries=6,
-    peak_entries=12,
-    evictions=1,
-    bytes=240,
-    peak_bytes=480,
-    dense_bytes=384,
 )
 
 
@@ -76,7 +55,7 @@ def word(text: str) -> TextDelta:
 
 def end(text: str = "") -> Finished:
     reason = FinishReason.STOP
-    return Finished(text=text, token_ids=(), finish_reason=reason, prompt_tokens=5, completion_tokens=2, kv=KV)
+    return Finished(text=text, token_ids=(), finish_reason=reason, prompt_tokens=5, completion_tokens=2, kv=scripted.KV)
 
 
 class ToldEngine:
@@ -122,7 +101,7 @@ class ToldEngine:
 
     async def stats(self) -> EngineStats:
         return EngineStats(
-            geometry=GEOMETRY,
+            geometry=INFO.geometry,
             pages_total=1000,
             pages_free=750,
             pages_used=250,

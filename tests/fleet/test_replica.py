@@ -7,7 +7,16 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from service.engine.interface import EngineState, Event
+from service.engine.interface import (
+    EngineState,
+    EngineStats,
+    Event,
+    Failed,
+    GenerationRequest,
+    QueueSlot,
+    RejectionReason,
+    SubmitError,
+)
 from service.fleet import replica as replica_module
 from service.fleet.replica import EngineReplica, ReplicaUnhealthyError, in_batches
 from service.metrics import Metrics
@@ -60,6 +69,35 @@ async def test_a_call_that_is_given_up_aborts_its_request() -> None:
     waiting.cancel()
     await asyncio.wait([waiting])
     assert engine.aborted == ["a"]
+
+
+async def test_a_report_looks_at_the_engine_once() -> None:
+    class Counted(ToldEngine):
+        looks = 0
+
+        async def stats(self) -> EngineStats:
+            self.looks += 1
+            return await super().stats()
+
+    engine = Counted()
+    replica = make(engine)
+    await replica.start()
+    report = await replica.report()
+    assert engine.looks == 1
+    assert f'trimkv_kv_pages{{state="used"}} {report.stats.pages_used:.1f}' in report.exposition
+
+
+async def test_an_engines_refusal_is_an_event_and_a_line_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    class Full(ToldEngine):
+        def submit(self, asked: GenerationRequest, slot: QueueSlot) -> AsyncIterator[Event]:
+            raise SubmitError(RejectionReason.QUEUE_REQUESTS, "the queue is full")
+
+    replica = make(Full())
+    await replica.start()
+    assert [event async for events in replica.generate(request("a"), 0.0) for event in events] == [
+        Failed(message="the queue is full")
+    ]
+    assert "refused id=a: the queue is full" in caplog.text
 
 
 def test_what_crosses_survives_the_crossing() -> None:

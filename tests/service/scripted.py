@@ -22,6 +22,7 @@ from service.engine.interface import (
     EngineStats,
     Event,
     Finished,
+    FinishedRequest,
     FinishReason,
     GenerationRequest,
     KvDetail,
@@ -68,6 +69,36 @@ KV = KVUsage(
     bytes=240,
     peak_bytes=480,
     dense_bytes=384,
+)
+RUNNING = RequestStats(
+    request_id="chatcmpl-1",
+    phase="decode",
+    prompt_tokens=5,
+    completion_tokens=3,
+    seen_tokens=7,
+    budget=INFO.budget,
+    entries_logical=42,
+    entries_physical=40,
+    layer_entries=(18, 22),
+    pages_used=6,
+    pages_reserved=12,
+    evictions=1,
+    evicted_entries=2,
+    peak_entries=41,
+)
+ENDED = FinishedRequest(
+    request_id="chatcmpl-1",
+    finish_reason=FinishReason.STOP,
+    abort_reason=None,
+    prompt_tokens=5,
+    completion_tokens=3,
+    budget_entries_per_stream=64,
+    kv=KV,
+    time_to_first_token=0.2,
+    e2e_latency=1.0,
+    queue_time=0.1,
+    prefill_time=0.1,
+    decode_time=0.8,
 )
 Script = Callable[[GenerationRequest], AsyncIterator[Event]]
 

@@ -20,7 +20,6 @@ from service.engine.interface import (
     Failed,
     FinishReason,
     GenerationRequest,
-    RequestStats,
     SubmitError,
 )
 from service.metrics import Metrics
@@ -28,8 +27,8 @@ from service.port import PortError, open_port
 from service.server import Server
 from service.settings import Settings
 from tests.service.scripted import (
-    INFO,
     KV,
+    RUNNING,
     CountingChatFormat,
     ScriptedEngine,
     delta,
@@ -299,24 +298,7 @@ def test_models_lists_every_served_name() -> None:
 
 def test_kv_shows_the_pool_and_every_running_request() -> None:
     engine = ScriptedEngine()
-    engine.running = (
-        RequestStats(
-            request_id="chatcmpl-1",
-            phase="decode",
-            prompt_tokens=5,
-            completion_tokens=3,
-            seen_tokens=7,
-            budget=INFO.budget,
-            entries_logical=42,
-            entries_physical=40,
-            layer_entries=(18, 22),
-            pages_used=6,
-            pages_reserved=12,
-            evictions=1,
-            evicted_entries=2,
-            peak_entries=41,
-        ),
-    )
+    engine.running = (RUNNING,)
     with client_of(engine) as client:
         body = client.get("/v1/kv").json()
     pool = body["pool"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -15,7 +16,6 @@ from service.engine import pictures
 from service.engine.config import EngineConfig
 from service.engine.interface import (
     KvDetail,
-    RequestStats,
     StreamChoice,
     StreamPositions,
     TooManyPositions,
@@ -24,7 +24,7 @@ from service.engine.loader import LoadedEngine, load_engine
 from service.engine.request import RequestState
 from tests.core.tiny import save_base, save_random_gates
 from tests.service.harness import Answer, Engine
-from tests.service.scripted import INFO, ScriptedEngine, serving
+from tests.service.scripted import INFO, RUNNING, ScriptedEngine, serving
 from trimkv_core import TrimKVForCausalLM
 from trimkv_core.budget import Budget
 from trimkv_core.lean.decoder import LeanDecoder
@@ -299,19 +299,14 @@ def test_a_picture_for_which_there_is_no_memory_costs_no_request(
 
 # ---- over HTTP ---------------------------------------------------------------------------------------------------
 
-STATS = RequestStats(
-    request_id="chatcmpl-1",
-    phase="decode",
+STATS = replace(
+    RUNNING,
     prompt_tokens=3,
     completion_tokens=2,
     seen_tokens=4,
-    budget=INFO.budget,
     entries_logical=24,
     entries_physical=8,
     layer_entries=(5, 3),
-    pages_used=6,
-    pages_reserved=12,
-    evictions=1,
     evicted_entries=16,
     peak_entries=20,
 )

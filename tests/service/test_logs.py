@@ -15,9 +15,7 @@ from service.engine.interface import (
     AbortReason,
     Event,
     Finished,
-    FinishedRequest,
     FinishReason,
-    KVUsage,
     RequestOrigin,
     TextDelta,
 )
@@ -32,32 +30,9 @@ from service.logs import (
     setup_logging,
 )
 from service.settings import SettingsError, load_settings
+from tests.service import scripted
 
-KV = KVUsage(
-    budget_entries=384,
-    retained_entries=6,
-    evicted_entries=6,
-    peak_entries=12,
-    evictions=1,
-    bytes=240,
-    peak_bytes=480,
-    dense_bytes=384,
-)
-ENDED = FinishedRequest(
-    request_id="chatcmpl-1",
-    finish_reason=FinishReason.STOP,
-    abort_reason=None,
-    prompt_tokens=5,
-    completion_tokens=3,
-    budget_entries_per_stream=64,
-    kv=KV,
-    time_to_first_token=0.2,
-    e2e_latency=1.0,
-    queue_time=0.1,
-    prefill_time=0.1,
-    decode_time=0.8,
-    origin=RequestOrigin(http_request_id="req-7", model="tiny/model", is_streaming=True),
-)
+ENDED = replace(scripted.ENDED, origin=RequestOrigin(http_request_id="req-7", model="tiny/model", is_streaming=True))
 
 
 @pytest.fixture
@@ -248,7 +223,7 @@ def test_probes_and_watching_pages_stay_out_of_the_access_log(path: str, status:
 async def some_events() -> AsyncIterator[Event]:
     yield TextDelta(text="a sec", token_ids=(7,), prompt_tokens=5, completion_tokens=1)
     yield Finished(
-        text="ret", token_ids=(), finish_reason=FinishReason.STOP, prompt_tokens=5, completion_tokens=2, kv=KV
+        text="ret", token_ids=(), finish_reason=FinishReason.STOP, prompt_tokens=5, completion_tokens=2, kv=scripted.KV
     )
 
 

@@ -10,31 +10,14 @@ from service.engine.interface import (
     AbortReason,
     EngineState,
     EngineStats,
-    FinishedRequest,
     FinishReason,
     RejectionReason,
-    RequestStats,
 )
 from service.metrics import INTER_TOKEN_BUCKETS, TIME_TO_FIRST_TOKEN_BUCKETS, Metrics
 from tests.service.contract import COUNTERS, GAUGES, HISTOGRAMS
-from tests.service.scripted import INFO, KV, ScriptedEngine
+from tests.service.scripted import ENDED, RUNNING, ScriptedEngine
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
-
-FINISHED = FinishedRequest(
-    request_id="chatcmpl-1",
-    finish_reason=FinishReason.STOP,
-    abort_reason=None,
-    prompt_tokens=5,
-    completion_tokens=3,
-    budget_entries_per_stream=64,
-    kv=KV,
-    time_to_first_token=0.2,
-    e2e_latency=1.0,
-    queue_time=0.1,
-    prefill_time=0.1,
-    decode_time=0.8,
-)
 
 
 async def samples(metrics: Metrics, engine: ScriptedEngine | None = None) -> Samples:
@@ -102,9 +85,9 @@ async def test_what_the_engine_reports_is_counted() -> None:
     metrics.on_eviction(strategy="fixed_budget", sequences=2, entries=30, duration_seconds=0.01)
     metrics.on_rejected(RejectionReason.NEVER_FITS)
     metrics.on_restart()
-    metrics.on_finished(FINISHED)
+    metrics.on_finished(ENDED)
     metrics.on_finished(
-        replace(FINISHED, finish_reason=FinishReason.ABORT, abort_reason=AbortReason.CLIENT, kv=None, decode_time=None)
+        replace(ENDED, finish_reason=FinishReason.ABORT, abort_reason=AbortReason.CLIENT, kv=None, decode_time=None)
     )
     found = await samples(metrics)
     assert of(found, "prompt_tokens_total") == 5
@@ -127,22 +110,7 @@ async def test_what_the_engine_reports_is_counted() -> None:
 async def test_gauges_are_the_engines_figures() -> None:
     engine = ScriptedEngine()
     engine.last_step_age_seconds = 1.5
-    running = RequestStats(
-        request_id="chatcmpl-secret",
-        phase="decode",
-        prompt_tokens=5,
-        completion_tokens=3,
-        seen_tokens=7,
-        budget=INFO.budget,
-        entries_logical=42,
-        entries_physical=40,
-        layer_entries=(18, 22),
-        pages_used=6,
-        pages_reserved=12,
-        evictions=1,
-        evicted_entries=2,
-        peak_entries=41,
-    )
+    running = replace(RUNNING, request_id="chatcmpl-secret")
     engine.running = (running, running)
     metrics = Metrics()
     found = await samples(metrics, engine)
